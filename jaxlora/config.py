@@ -1,0 +1,208 @@
+"""`LoraConfig`: what to adapt and how."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.errors import ConfigError, nearest
+
+ALL_LINEAR = "all-linear"
+BIAS_MODES = ("none", "all", "lora_only")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """What to adapt and how (Hu et al. 2021, section 4).
+
+    Frozen and hashable: equal configs are equal keys of a jit cache, whatever the order in which
+    their patterns were written.
+
+    A pattern is a regular expression that must match the end of a layer's path in full, starting
+    at a `/`: `"query"`, `"attention/(query|value)"` and `"layer_[0-3]/.*/query"` are patterns for
+    `encoder/layer_0/attention/query`. The path of the kernel itself (`…/query/kernel`) matches
+    as well.
+
+    Attributes:
+      rank: the rank r of the update BA, at least 1.
+      alpha: the update is scaled by `alpha / rank`; greater than 0.
+      targets: patterns of the layers to adapt, or `"all-linear"`: every layer that multiplies by
+        a kernel, less embeddings and whatever `modules_to_save` names.
+      exclude: patterns of layers to leave alone; a pattern that matches a scope covers all in it.
+      dropout: probability in [0, 1) of dropping an input of A. Active exactly when a "dropout"
+        rng is given to `lora_apply`.
+      modules_to_save: patterns of modules that are trained in full beside the factors, such as a
+        fresh classification head.
+      bias: "none", "all" (every leaf named `bias`) or "lora_only" (those of adapted layers).
+      init: the name of the initializer, "kaiming" or "gaussian" or one that was registered.
+      rslora: scale by `alpha / sqrt(rank)` (Kalajdzievski 2023).
+      rank_pattern: {pattern: rank} for layers that differ from `rank`.
+      alpha_pattern: {pattern: alpha} for layers that differ from `alpha`.
+      param_dtype: dtype of the trained leaves. They are cast to the layer's dtype for computing.
+
+    Raises:
+      ConfigError: a value that cannot mean anything, named.
+
+    Example:
+      >>> import jaxlora as jl
+      >>> config = jl.LoraConfig(rank=4, alpha=8, targets="attention/(query|value)")
+      >>> jl.LoraConfig.from_dict(config.to_dict()) == config
+      True
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str | Iterable[str] = ALL_LINEAR
+    exclude: str | Iterable[str] = ()
+    dropout: float = 0.0
+    modules_to_save: str | Iterable[str] = ()
+    bias: str = "none"
+    init: str = "kaiming"
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] | Iterable[tuple[str, int]] = ()
+    alpha_pattern: Mapping[str, float] | Iterable[tuple[str, float]] = ()
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        canonical = {
+            "rank": _rank("rank", self.rank),
+            "alpha": _alpha("alpha", self.alpha),
+            "targets": _patterns("targets", self.targets),
+            "exclude": _patterns("exclude", self.exclude),
+            "dropout": _dropout(self.dropout),
+            "modules_to_save": _patterns("modules_to_save", self.modules_to_save),
+            "bias": _choice("bias", self.bias, BIAS_MODES),
+            "rslora": _bool("rslora", self.rslora),
+            "rank_pattern": _pattern_values("rank_pattern", self.rank_pattern, _rank),
+            "alpha_pattern": _pattern_values("alpha_pattern", self.alpha_pattern, _alpha),
+            "param_dtype": _float_dtype(self.param_dtype),
+        }
+        for name, value in canonical.items():
+            object.__setattr__(self, name, value)
+        if not self.targets:
+            raise ConfigError(
+                "targets is empty, expected a pattern or 'all-linear': nothing would be adapted."
+            )
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """The factor before BA: alpha/rank, or alpha/sqrt(rank) with `rslora`."""
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in fields.items():
+            if name.endswith("_pattern"):
+                fields[name] = dict(value)
+            elif isinstance(value, tuple):
+                fields[name] = list(value)
+        return fields | {"param_dtype": np.dtype(self.param_dtype).name}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LoraConfig":
+        """The inverse of `to_dict`; an unknown field is a ConfigError."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise ConfigError(
+                    f"Unknown config field '{name}'. Nearest: {', '.join(nearest(name, known))}."
+                )
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "LoraConfig":
+        """The inverse of `to_json`."""
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise ConfigError(f"The config is not JSON: {e}.") from e
+        if not isinstance(fields, dict):
+            raise ConfigError(f"The config is a JSON {type(fields).__name__}, expected an object.")
+        return cls.from_dict(fields)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether `pattern` matches the end of `path` in full, starting at a `/` or at the start."""
+    return re.fullmatch(f"(?:.*/)?(?:{pattern})", path) is not None
+
+
+def covers(pattern: str, path: str) -> bool:
+    """Whether `pattern` matches `path` or one of the scopes it lies in."""
+    parts = path.split("/")
+    return any(matches(pattern, "/".join(parts[: n + 1])) for n in range(len(parts)))
+
+
+def _rank(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ConfigError(f"{name} is {value!r}, expected an integer of at least 1.")
+    return int(value)
+
+
+def _alpha(name: str, value: Any) -> float:
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} is {value!r}, expected a number greater than 0.")
+    return float(value)
+
+
+def _dropout(value: Any) -> float:
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1:
+        raise ConfigError(f"dropout is {value!r}, expected a probability in [0, 1).")
+    return float(value)
+
+
+def _bool(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ConfigError(f"{name} is {value!r}, expected True or False.")
+    return bool(value)
+
+
+def _choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(choices)}.")
+    return value
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, Iterable):
+        raise ConfigError(f"{name} is {value!r}, expected a pattern or several.")
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(p, str) for p in patterns):
+        raise ConfigError(f"{name} is {value!r}, expected a pattern or several.")
+    return tuple(sorted({_pattern(name, p) for p in patterns}))
+
+
+def _pattern(name: str, pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise ConfigError(f"{name} pattern {pattern!r} is no regular expression: {e}.") from e
+    return pattern
+
+
+def _pattern_values(name: str, value: Any, check: Any) -> tuple[tuple[str, Any], ...]:
+    try:
+        pairs = dict(value).items()
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} is {value!r}, expected a dict from pattern to value.") from None
+    return tuple(sorted((_pattern(name, p), check(f"{name}[{p!r}]", v)) for p, v in pairs))
+
+
+def _float_dtype(value: Any) -> np.dtype:
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        raise ConfigError(f"param_dtype is {value!r}, expected a floating dtype.") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ConfigError(f"param_dtype is {dtype.name}, expected a floating dtype.")
+    return dtype

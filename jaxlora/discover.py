@@ -1,0 +1,200 @@
+"""Discovery: how a model uses each of its kernels, found by tracing it once.
+
+Every leaf that may be adapted travels in a box that `nn.scan`, `nn.vmap` and their kin tell which
+axis they take away, as they tell `nn.Partitioned`, and the registry's rules say how each layer uses
+its kernel. Nothing is guessed from ranks or sizes: a kernel of three axes may be a stack of Dense
+or one DenseGeneral, and 8 layers of an 8-wide kernel look the same from either side.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from jaxlora import layers, tree
+from jaxlora.errors import ModelError, TargetError
+
+_WAYS_OUT = (
+    "`exclude` it, or train it in weight space: "
+    "`model.apply({'params': merge(params, adapter)}, …)`."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What a trace tells of one kernel: see `KernelLayout` and `Site` for the fields."""
+
+    kind: str
+    roles: str
+    stack: tuple[int, ...]
+    lookup: bool
+
+
+@dataclasses.dataclass
+class Seen:
+    """What a trace tells of a model.
+
+    Attributes:
+      uses: {path: use} of the kernels that a registered rule uses.
+      holders: {path: class} of the innermost module that held a leaf.
+      ndims: {path: number of axes} of the leaf as that module sees it.
+    """
+
+    uses: dict[str, Use] = dataclasses.field(default_factory=dict)
+    holders: dict[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
+    ndims: dict[str, int] = dataclasses.field(default_factory=dict)
+    failed_in: tuple[str, str] | None = None
+
+
+def discover(
+    model: nn.Module, variables: Any, candidates: set[str], args: Any, kwargs: Any
+) -> Seen:
+    """Traces `model.apply` and records how the candidates are used; no array is allocated.
+
+    Args:
+      model: a Flax Linen module.
+      variables: its variables, abstract or not.
+      candidates: paths of the params that may be adapted.
+      args: example inputs, abstract or not.
+      kwargs: keyword arguments for `model.apply`.
+
+    Returns:
+      What was seen.
+
+    Raises:
+      ModelError: the model rejects the inputs.
+      TargetError: a candidate is changed on its way to its layer.
+    """
+    seen = Seen()
+
+    def probed(path: str, leaf: Any) -> Any:
+        leaf = tree.unboxed(leaf)
+        return _Probe(leaf, jnp.zeros(leaf.shape, jnp.int8), path) if path in candidates else leaf
+
+    def record(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        try:
+            y = next_method(*args, **kwargs)
+        except Exception:
+            where = "/".join(map(str, module.path)) or "the root"
+            seen.failed_in = seen.failed_in or (type(module).__name__, where)
+            raise
+        _record(seen, context, args, kwargs)
+        return y
+
+    def run(variables: Any, args: Any, kwargs: Any) -> None:
+        params = tree.map_leaves(probed, variables["params"])
+        with nn.intercept_methods(record):
+            model.apply({**variables, "params": params}, *args, **kwargs)
+
+    try:
+        trace(run, variables, args, kwargs)
+    except TargetError:
+        raise
+    except Exception as e:
+        _reject_inputs(model, variables, args, kwargs)
+        kind, where = seen.failed_in or (type(model).__name__, "the root")
+        raise TargetError(
+            f"{kind} at {where} reads params in a way that the layers below it cannot be adapted "
+            f"under ({type(e).__name__}: {_first_line(e)}). Expected a layer that uses its params "
+            f"as they are. {_WAYS_OUT}"
+        ) from e
+    return seen
+
+
+def trace(run: Callable[..., Any], variables: Any, args: Any, kwargs: Any) -> None:
+    """`jax.eval_shape` of `run(variables, args, kwargs)`.
+
+    Arrays are abstract, everything else (flags, names) is as it is. All collections but params are
+    mutable unless `kwargs` say otherwise, so that models which update statistics run.
+    """
+    kwargs = {"mutable": nn.DenyList("params"), **kwargs}
+    leaves, treedef = jax.tree.flatten((dict(variables), args, kwargs))
+    arrays = tree.abstract([x for x in leaves if tree.is_array(x)])
+
+    def call(arrays: list[Any]) -> None:
+        left = iter(arrays)
+        filled = [next(left) if tree.is_array(x) else x for x in leaves]
+        run(*jax.tree.unflatten(treedef, filled))
+
+    jax.eval_shape(call, arrays)
+
+
+@jax.tree_util.register_pytree_node_class
+class _Probe(meta.AxisMetadata):
+    """A leaf on its way to its layer, with the axes that were taken away from it.
+
+    The sentinel has the leaf's shape and an integer dtype: arithmetic on the way, as weight
+    normalization does, turns it into floats.
+    """
+
+    def __init__(self, value: Any, sentinel: Any, path: str, taken: tuple[int, ...] = ()):
+        self.value, self.sentinel, self.path, self.taken = value, sentinel, path, taken
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "_Probe":
+        return _Probe(val, self.sentinel, self.path, self.taken)
+
+    def add_axis(self, index: int, params: Any) -> "_Probe":
+        return _Probe(self.value, self.sentinel, self.path, self.taken[:-1])
+
+    def remove_axis(self, index: int, params: Any) -> "_Probe":
+        return _Probe(self.value, self.sentinel, self.path, (*self.taken, index))
+
+    def tree_flatten(self) -> Any:
+        return (self.value, self.sentinel), (self.path, self.taken)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> "_Probe":
+        return cls(*children, *static)
+
+
+def _record(seen: Seen, context: Any, args: Any, kwargs: Any) -> None:
+    module = context.module
+    held = module.variables.get("params", {})
+    for leaf in held.values():
+        if isinstance(leaf, _Probe):
+            seen.holders[leaf.path] = type(module)
+            seen.ndims[leaf.path] = len(leaf.value.shape)
+    rule = layers.rule_for(context.orig_method)
+    linear = rule(module, *args, **kwargs) if rule else None
+    leaf = held.get(linear.param) if linear else None
+    if linear is None or not isinstance(leaf, _Probe):
+        return
+    roles = linear.kernel_roles()
+    if leaf.sentinel.dtype != jnp.int8 or len(roles) != len(leaf.value.shape):
+        raise TargetError(
+            f"{leaf.path} is changed on its way to its layer {type(module).__name__}, as by "
+            "nn.map_variables or nn.WeightNorm, and the factors beside it would be changed too. "
+            f"Expected a kernel that reaches its layer as it is. {_WAYS_OUT}"
+        )
+    use = Use(type(module).__name__, roles, leaf.taken, linear.lookup)
+    first = seen.uses.setdefault(leaf.path, use)
+    if (first.roles, first.stack) != (use.roles, use.stack):
+        raise TargetError(
+            f"{leaf.path} is used in two ways, with axes {first.roles} and {use.roles}, expected "
+            "one. `exclude` it, or register a rule that gives its `roles`."
+        )
+    if use.lookup:
+        seen.uses[leaf.path] = use
+
+
+def _reject_inputs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> None:
+    """Raises ModelError if the model fails without boxes as well."""
+    try:
+        trace(lambda v, a, k: model.apply(v, *a, **k), variables, args, kwargs)
+    except Exception as e:
+        raise ModelError(
+            f"The model rejects the example inputs: {type(e).__name__}: {_first_line(e)} "
+            "Expected inputs that `model.apply(variables, *args, **kwargs)` takes."
+        ) from e
+
+
+def _first_line(e: Exception) -> str:
+    return str(e).strip().split("\n")[0]

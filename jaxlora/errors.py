@@ -1,0 +1,49 @@
+"""Every error that jaxlora raises about what a user gave it.
+
+Each class is a `LoraError` and the builtin that fits, so `except ValueError` keeps working.
+A message says what failed, what was got and expected, what there is, and what to do next.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoraError(Exception):
+    """Base class of all jaxlora errors."""
+
+
+class ConfigError(LoraError, ValueError):
+    """A configuration value that cannot mean anything."""
+
+
+class TargetError(LoraError, ValueError):
+    """A pattern that names no layer, or one that cannot be adapted."""
+
+
+class ModelError(LoraError, ValueError):
+    """A model that cannot be traced with the inputs given."""
+
+
+class AdapterError(LoraError, ValueError):
+    """An adapter that does not fit the params, or holds values it must not."""
+
+
+class CheckpointError(LoraError, ValueError):
+    """A saved adapter or model that is damaged, foreign, or does not fit."""
+
+
+class MissingDependencyError(LoraError, ImportError):
+    """An optional dependency that is not installed."""
+
+
+def nearest(name: str, there: Iterable[str], n: int = 3) -> list[str]:
+    """The `n` names of `there` that read most like `name`, best first."""
+    there = sorted(set(there))
+    return difflib.get_close_matches(name, there, n=n, cutoff=0.0)
+
+
+def listing(names: Iterable[str], most: int = 5) -> str:
+    """`a, b, c and 7 more`."""
+    names = list(names)
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,154 @@
+"""One tree of base and LoRA leaves, for training code that carries a single params tree.
+
+`combine` makes it, `split` takes it apart, `lora_mask` tells the leaves from one another and
+`lora_optimizer` trains the LoRA leaves alone. Leaves are told by their names, so none of them
+needs the spec; give it where a base has names of the form `…_lora_a` of its own.
+
+A joint tree is for carrying, not for applying: `model.apply` on it runs the base. Inside the loss,
+`base, adapter = split(joint, spec)` and `lora_apply(model, {"params": base}, adapter, …)`.
+"""
+
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlora import tree
+from jaxlora.adapter import Adapter, Spec, check_leaves
+from jaxlora.errors import AdapterError, listing
+
+
+def combine(params: tree.Tree, adapter: Adapter | tree.Tree) -> tree.Tree:
+    """The base and the LoRA leaves in one tree; no leaf is copied or replaced.
+
+    Args:
+      params: the base.
+      adapter: an adapter, or the bare tree of its leaves.
+
+    Returns:
+      A nested dict.
+
+    Raises:
+      AdapterError: a path that both hold, so the base is a joint tree already.
+
+    Example:
+      >>> import jaxlora as jl
+      >>> base = {"dense": {"kernel": 1.0}}
+      >>> joint = jl.combine(base, {"dense": {"kernel_lora_a": 2.0}})
+      >>> joint
+      {'dense': {'kernel': 1.0, 'kernel_lora_a': 2.0}}
+      >>> jl.split(joint) == (base, {"dense": {"kernel_lora_a": 2.0}})
+      True
+    """
+    leaves = adapter.params if isinstance(adapter, Adapter) else adapter
+    return tree.union(params, leaves)
+
+
+@overload
+def split(joint_params: tree.Tree, spec: None = None) -> tuple[tree.Tree, tree.Tree]: ...
+@overload
+def split(joint_params: tree.Tree, spec: Spec) -> tuple[tree.Tree, Adapter]: ...
+def split(joint_params: tree.Tree, spec: Spec | None = None) -> tuple[tree.Tree, Any]:
+    """The inverse of `combine`.
+
+    Args:
+      joint_params: base and LoRA leaves in one tree.
+      spec: the adapter's spec. With it the second value is an `Adapter`.
+
+    Returns:
+      (base, LoRA leaves), or (base, Adapter) with a spec.
+
+    Raises:
+      AdapterError: the tree holds no LoRA leaf, or not those of the spec.
+    """
+    lora = _lora_paths(joint_params, spec)
+    leaves = tree.select(lambda path: path in lora, joint_params)
+    base = _without(lora, joint_params)
+    if spec is None:
+        return base, leaves
+    adapter = Adapter(leaves, spec)
+    check_leaves(adapter)
+    return base, adapter
+
+
+def lora_mask(joint_params: tree.Tree, spec: Spec | None = None) -> tree.Tree:
+    """A tree of booleans for optax: True for LoRA leaves, False for the base's.
+
+    `optax.masked(tx, mask)` alone lets the gradients of the base through as updates:
+    `lora_optimizer` is what trains the LoRA leaves only.
+
+    Args:
+      joint_params: base and LoRA leaves in one tree.
+      spec: the adapter's spec, where names do not tell.
+
+    Returns:
+      A nested dict of booleans.
+
+    Raises:
+      AdapterError: the tree holds no LoRA leaf, or not those of the spec.
+    """
+    lora = _lora_paths(joint_params, spec)
+    return tree.map_leaves(lambda path, _: path in lora, joint_params)
+
+
+def lora_optimizer(
+    tx: optax.GradientTransformation, spec: Spec | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer of a joint tree that changes LoRA leaves only; the base stays bit for bit.
+
+    The whole of `tx` sees the LoRA leaves only: a global norm is theirs, and so is the state.
+
+    Args:
+      tx: any optax optimizer, schedules, clipping, decay and `MultiSteps` included.
+      spec: the adapter's spec, where names do not tell.
+
+    Returns:
+      An optax optimizer.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxlora as jl, optax
+      >>> joint = {"kernel": jnp.ones(2), "kernel_lora_a": jnp.ones(2)}
+      >>> tx = jl.lora_optimizer(optax.sgd(0.5))
+      >>> updates, _ = tx.update(joint, tx.init(joint), joint)
+      >>> optax.apply_updates(joint, updates)["kernel_lora_a"].tolist()
+      [0.5, 0.5]
+    """
+
+    def labels(params: tree.Tree) -> tree.Tree:
+        return jax.tree.map(lambda lora: "lora" if lora else "base", lora_mask(params, spec))
+
+    return optax.partition({"lora": tx, "base": _keep()}, labels)
+
+
+def _keep() -> optax.GradientTransformation:
+    # x + 0.0 turns -0.0 into 0.0; x + -0.0 is x for every x.
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _lora_paths(joint_params: tree.Tree, spec: Spec | None) -> set[str]:
+    there = {path for path, _ in tree.items(joint_params)}
+    found = (
+        {path for path in there if tree.is_lora_name(path)}
+        if spec is None
+        else (there & set(spec.leaf_shapes))
+    )
+    missing = sorted(set(spec.leaf_shapes) - there) if spec else []
+    if missing:
+        raise AdapterError(
+            f"The joint params lack {listing(missing)}, which the spec names. "
+            "Expected `combine(params, adapter)` with that spec's adapter."
+        )
+    if not found:
+        raise AdapterError(
+            f"None of the {len(there)} leaves is a LoRA leaf, expected names such as "
+            "kernel_lora_a. Expected a joint tree: `combine(params, adapter)`."
+        )
+    return found
+
+
+def _without(paths: set[str], params: tree.Tree) -> tree.Tree:
+    return tree.select(lambda path: path not in paths, params)

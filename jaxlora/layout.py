@@ -1,0 +1,162 @@
+"""`KernelLayout`: what each axis of a kernel is, and what follows for its low-rank factors.
+
+Every linear map is one case here. With roles `i` (contracted with the input), `o` (kept in the
+output) and `b` (batch: in input and output, as the experts of a mixture), a Dense kernel is `io`,
+attention's query `ioo`, its output projection `iio`, an embedding table `io`, a transposed
+kernel `oi`. The factors are rank-first,
+
+    A (*batch, rank, *contracted),  B (*batch, rank, *outputs),  delta = sum over rank of A B,
+
+because a TPU tiles the last two axes (8, 128), so that a trailing axis of 8 would be padded
+16-fold, and because the gradient of A then compiles to a dot with a wide output.
+
+Axes added by `nn.scan` and `nn.vmap` stand in the leaf at the signed position that the transform
+was given, and in the factors at the same signed position, since Flax slices every leaf of a
+collection along the same axis: -1 in a kernel of three axes and -1 in a factor of two are the
+same word, 2 and 1 are not. A factor with too few axes for the position gets singleton axes.
+"""
+
+import dataclasses
+import math
+import string
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Part = Literal["a", "b", "key"]
+_RANK, _PAD = "rank", "pad"
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelLayout:
+    """The axes of one kernel leaf.
+
+    Attributes:
+      shape: the shape of the leaf in the params tree, stacked axes included.
+      roles: one letter of `i`, `o`, `b` for each axis of the kernel as its module sees it.
+      stack: the signed axes that lifted transforms take away, outermost first.
+    """
+
+    shape: tuple[int, ...]
+    roles: str
+    stack: tuple[int, ...] = ()
+
+    def axes(self, role: str) -> tuple[int, ...]:
+        """The leaf's axes that have a role; `s` asks for the stacked axes, outermost first."""
+        own, stacked = self._own_and_stacked()
+        return (
+            tuple(stacked)
+            if role == "s"
+            else tuple(axis for axis, r in zip(own, self.roles, strict=True) if r == role)
+        )
+
+    def sizes(self, role: str) -> tuple[int, ...]:
+        """The sizes of `axes(role)`."""
+        return tuple(self.shape[axis] for axis in self.axes(role))
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape of the kernel as its module sees it."""
+        return tuple(self.shape[axis] for axis in self._own_and_stacked()[0])
+
+    def count(self, *roles: str) -> int:
+        """The product of the sizes of the axes with these roles: `count("i")` is the fan-in."""
+        return math.prod(size for role in roles for size in self.sizes(role))
+
+    def leaf_axes(self, part: Part) -> tuple[int | None, ...]:
+        """For each axis of a factor's leaf the kernel axis that it shares, or None.
+
+        A sharding or a name of the kernel's axis holds for the factor's axis too.
+        """
+        return tuple(x if isinstance(x, int) else None for x in self._labels(part))
+
+    def leaf_shape(self, part: Part, rank: int) -> tuple[int, ...]:
+        """The shape of a factor's leaf in the params tree (for `key`: `rank` words of key data)."""
+        given = {_RANK: rank, _PAD: 1}
+        return tuple(self.shape[x] if isinstance(x, int) else given[x] for x in self._labels(part))
+
+    def slice_shape(self, part: Part, rank: int) -> tuple[int, ...]:
+        """The shape of a factor's leaf as the module sees it, stacked axes taken away."""
+        stacked = set(self.axes("s"))
+        labels, shape = self._labels(part), self.leaf_shape(part, rank)
+        return tuple(n for x, n in zip(labels, shape, strict=True) if x not in stacked)
+
+    def core_shape(self, part: Part, rank: int) -> tuple[int, ...]:
+        """The shape of a factor as the mathematics has it: batch, rank, contracted or outputs."""
+        own = {"a": self.sizes("i"), "b": self.sizes("o"), "key": ()}[part]
+        batch = () if part == "key" else self.sizes("b")
+        return (*batch, rank, *own)
+
+    def to_leaf(self, x: Array, part: Part, rank: int) -> Array:
+        """From (*stack, *core) to the leaf's shape."""
+        order = self._canonical(part)
+        present = [label for label in self._labels(part) if label != _PAD]
+        x = jnp.transpose(x, [order.index(label) for label in present])
+        return x.reshape(self.leaf_shape(part, rank))
+
+    def from_leaf(self, x: Array, part: Part, rank: int) -> Array:
+        """From the leaf's shape to (*stack, *core)."""
+        order = self._canonical(part)
+        present = [label for label in self._labels(part) if label != _PAD]
+        given = {_RANK: rank}
+        x = x.reshape([self.shape[n] if isinstance(n, int) else given[n] for n in present])
+        return jnp.transpose(x, [present.index(label) for label in order])
+
+    def delta(self, a: Array, b: Array, rank: int, dtype: Any = jnp.float32) -> Array:
+        """The update of the whole kernel leaf, `sum over rank of A B`.
+
+        Args:
+          a: the leaf of A.
+          b: the leaf of B.
+          rank: their rank.
+          dtype: what to compute in.
+
+        Returns:
+          An array of the kernel leaf's shape.
+        """
+        axes = [*range(len(self.shape)), _RANK]
+        letter = dict(zip(axes, string.ascii_letters, strict=False))
+        left, right, kernel = (
+            "".join(letter[x] for x in labels)
+            for labels in (self._canonical("a"), self._canonical("b"), axes[:-1])
+        )
+        return jnp.einsum(
+            f"{left},{right}->{kernel}",
+            self.from_leaf(a, "a", rank).astype(dtype),
+            self.from_leaf(b, "b", rank).astype(dtype),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+
+    def _own_and_stacked(self) -> tuple[list[int], list[int]]:
+        own = list(range(len(self.shape)))
+        stacked = [own.pop(axis) for axis in self.stack]
+        return own, stacked
+
+    def _canonical(self, part: Part) -> list[int | str]:
+        own = {"a": self.axes("i"), "b": self.axes("o"), "key": ()}[part]
+        batch = () if part == "key" else self.axes("b")
+        return [*self.axes("s"), *batch, _RANK, *own]
+
+    def _labels(self, part: Part) -> list[int | str]:
+        stacked = self.axes("s")
+        labels = self._canonical(part)[len(stacked) :]
+        for padding in range(max([0, *map(abs, self.stack)]) + 1):
+            placed = _insert([_PAD] * padding + labels, self.stack, stacked)
+            if placed is not None:
+                return placed
+        raise AssertionError("unreachable: enough singleton axes make room for any position")
+
+
+def _insert(
+    labels: list[int | str], positions: tuple[int, ...], stacked: tuple[int, ...]
+) -> list[int | str] | None:
+    """The labels with the stacked axes at their positions, or None where one has no place."""
+    labels = list(labels)
+    for position, axis in reversed(list(zip(positions, stacked, strict=True))):
+        at = position if position >= 0 else len(labels) + 1 + position
+        if not 0 <= at <= len(labels):
+            return None
+        labels.insert(at, axis)
+    return labels

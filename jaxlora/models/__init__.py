@@ -1,0 +1,1 @@
+"""Real models as pure functions of their params, each one file."""

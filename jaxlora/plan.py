@@ -1,0 +1,153 @@
+"""`plan`: what an adapter will hold, before any array of it exists."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxlora import tree
+from jaxlora.adapter import Adapter, SavedLeaf, Site, Spec
+from jaxlora.apply import base_params, lora_apply
+from jaxlora.config import LoraConfig
+from jaxlora.discover import Use, discover, trace
+from jaxlora.errors import ConfigError, LoraError, listing
+from jaxlora.layout import KernelLayout
+from jaxlora.targets import Targets, check_patterns_used, pattern_value
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an adapter will hold. `print(plan)` shows it as a table.
+
+    Attributes:
+      spec: the sites and the leaves trained in full.
+      num_base: the number of the base's parameters.
+    """
+
+    spec: Spec
+    num_base: int
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The kernels to adapt, sorted by path."""
+        return self.spec.sites
+
+    @property
+    def num_trainable(self) -> int:
+        """The number of trained parameters."""
+        return sum(math.prod(shape) for shape in self.spec.leaf_shapes.values())
+
+    @property
+    def num_total(self) -> int:
+        """The base's parameters and the factors'; a leaf trained in full counts once."""
+        replaced = sum(math.prod(leaf.shape) for leaf in self.spec.saved)
+        return self.num_base + self.num_trainable - replaced
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the trained leaves."""
+        return self.num_trainable * jnp.dtype(self.spec.config.param_dtype).itemsize
+
+    def __str__(self) -> str:
+        head = ("path", "kind", "kernel", "rank", "scaling", "parameters")
+        full = "trained in full"
+        rows = [_row(site) for site in self.sites] + [
+            (leaf.path, full, str(leaf.shape), "", "", f"{math.prod(leaf.shape):,}")
+            for leaf in self.spec.saved
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        rule = tuple("-" * width for width in widths)
+        lines = ["  ".join(_padded(row, widths)).rstrip() for row in (head, rule, *rows)]
+        if any(site.wasteful() for site in self.sites):
+            lines.append("* rank above the kernel's smaller side: it can give no other update")
+        share = 100 * self.num_trainable / self.num_total
+        lines.append(
+            f"{len(self.sites)} kernels adapted, {self.num_trainable:,} of {self.num_total:,} "
+            f"parameters trainable ({share:.4f}%), {self.nbytes / 1e6:,.2f} MB"
+        )
+        return "\n".join(lines)
+
+
+def plan(
+    model: nn.Module, variables: Mapping[str, Any], config: LoraConfig, *args: Any, **kwargs: Any
+) -> Plan:
+    """Finds what a config adapts in a model.
+
+    The model is traced twice with `jax.eval_shape`: once to find the layers, and once under
+    `lora_apply` with what was found, so that what a plan promises has been run.
+
+    Args:
+      model: a Flax Linen module.
+      variables: its variables; ShapeDtypeStructs will do, as `jax.eval_shape` returns them.
+      config: what to adapt.
+      *args: example inputs for `model.apply`; arrays or ShapeDtypeStructs, never computed with.
+      **kwargs: keyword arguments for `model.apply`: `rngs`, `method`, the model's own.
+
+    Returns:
+      The plan. No array is allocated: GPT-3 175B takes seconds.
+
+    Raises:
+      TargetError: a pattern that matches nothing, or a layer that cannot be adapted.
+      ModelError: the model rejects the example inputs.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxlora as jl
+      >>> model, x = nn.Dense(512), jax.ShapeDtypeStruct((8, 256), jnp.float32)
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
+      >>> print(jl.plan(model, variables, jl.LoraConfig(rank=4), x))
+      path    kind   kernel      rank  scaling  parameters
+      ------  -----  ----------  ----  -------  ----------
+      kernel  Dense  (256, 512)  4     4             3,072
+      1 kernels adapted, 3,072 of 134,656 parameters trainable (2.2814%), 0.01 MB
+    """
+    params = base_params(model, variables)
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"The config is a {type(config).__name__}, expected a LoraConfig.")
+    lora = [path for path, _ in tree.items(params) if tree.is_lora_name(path)]
+    if lora:
+        raise LoraError(
+            f"The params hold LoRA leaves already: {listing(lora)}. Expected a base: "
+            "`split(joint_params)` takes it out of a joint tree."
+        )
+    leaves = {path: tree.unboxed(x) for path, x in tree.items(tree.abstract(params))}
+    targets = Targets(leaves, config)
+    uses = targets.adapted(discover(model, variables, targets.candidates, args, kwargs))
+    check_patterns_used("rank_pattern", config.rank_pattern, uses)
+    check_patterns_used("alpha_pattern", config.alpha_pattern, uses)
+    spec = Spec(
+        config=config,
+        sites=tuple(_site(path, use, leaves[path], config) for path, use in sorted(uses.items())),
+        saved=tuple(
+            SavedLeaf(path, tuple(leaves[path].shape))
+            for path in sorted(targets.saved | targets.biases(uses))
+        ),
+    )
+
+    def rehearse(variables: Any, args: Any, kwargs: Any) -> None:
+        adapter = Adapter(variables.pop("adapter"), spec)
+        lora_apply(model, variables, adapter, *args, **kwargs)
+
+    trace(rehearse, {**variables, "adapter": spec.abstract().params}, args, kwargs)
+    return Plan(spec, num_base=tree.size(leaves))
+
+
+def _site(path: str, use: Use, leaf: Any, config: LoraConfig) -> Site:
+    layout = KernelLayout(tuple(leaf.shape), use.roles, use.stack)
+    rank = pattern_value("rank_pattern", config.rank_pattern, path, config.rank)
+    alpha = pattern_value("alpha_pattern", config.alpha_pattern, path, config.alpha)
+    return Site(path, use.kind, layout, rank, config.scaling(rank, alpha), use.lookup)
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    count = sum(map(math.prod, site.leaf_shapes().values()))
+    rank = f"{site.rank}{' *' if site.wasteful() else ''}"
+    shape, scaling = str(site.layout.shape), f"{site.scaling:.4g}"
+    return site.path, site.kind, shape, rank, scaling, f"{count:,}"
+
+
+def _padded(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    *left, last = zip(row, widths, strict=True)
+    return [cell.ljust(width) for cell, width in left] + [last[0].rjust(last[1])]

@@ -1,0 +1,152 @@
+"""Which leaves of a base a config means: its patterns, resolved against the paths there are."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from jaxlora import layers
+from jaxlora.config import ALL_LINEAR, LoraConfig, covers, matches
+from jaxlora.discover import Seen, Use
+from jaxlora.errors import TargetError, listing, nearest
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, nn.BatchNorm)
+
+
+class Targets:
+    """The leaves of a base, sorted by what the config's patterns say of them.
+
+    Attributes:
+      candidates: paths that may be adapted, if the trace finds a layer there that can be.
+      saved: paths that `modules_to_save` names.
+    """
+
+    def __init__(self, leaves: Mapping[str, Any], config: LoraConfig):
+        self._leaves, self._config = leaves, config
+        self._all_linear = ALL_LINEAR in config.targets
+        self._patterns = [p for p in config.targets if p != ALL_LINEAR]
+        excluded = self._covered("exclude", config.exclude)
+        self.saved = self._covered("modules_to_save", config.modules_to_save) - excluded
+        self._named = {path: [p for p in self._patterns if names(p, path)] for path in leaves}
+        for pattern in self._patterns:
+            self._check_target(pattern, excluded)
+        for path in sorted(self.saved):
+            if self._named[path]:
+                raise TargetError(
+                    f"{path} is named both by the target pattern {self._named[path][0]!r} and by "
+                    "modules_to_save, expected one of them: it is adapted or trained in full."
+                )
+        asked = {path for path in leaves if self._named[path] or self._all_linear}
+        self.candidates = asked - excluded - self.saved
+
+    def adapted(self, seen: Seen) -> dict[str, Use]:
+        """The kernels to adapt, by path.
+
+        Raises:
+          TargetError: the config asks for a layer that cannot be adapted, or for none at all.
+        """
+        uses = {path: use for path, use in seen.uses.items() if self._named[path] or not use.lookup}
+        for path in sorted(self.candidates - set(seen.uses)):
+            weight = seen.ndims.get(path, len(self._leaves[path].shape)) >= 2
+            named = self._named[path] and weight
+            implied = self._all_linear and path.rpartition("/")[2] == "kernel"
+            if (named or implied) and not issubclass(seen.holders.get(path, object), _NORMS):
+                raise self._unreachable(path, seen)
+        for pattern in self._patterns:
+            if not any(pattern in self._named[path] for path in uses):
+                raise self._unmatched("Target", pattern)
+        if not uses:
+            raise TargetError(
+                "Targets 'all-linear' found no layer to adapt, expected at least one. The params "
+                f"are: {listing(self._leaves) or 'none'}. modules_to_save and exclude were: "
+                f"{listing((*self._config.modules_to_save, *self._config.exclude)) or 'empty'}."
+            )
+        return uses
+
+    def biases(self, uses: Iterable[str]) -> set[str]:
+        """The paths of the biases that the config trains."""
+        mode = self._config.bias
+        scopes = {path.rpartition("/")[0] for path in uses}
+        biases = {
+            path
+            for path in self._leaves
+            if path.rpartition("/")[2] == "bias"
+            and (mode == "all" or path.rpartition("/")[0] in scopes)
+        }
+        if mode != "none" and not biases:
+            raise TargetError(
+                f"bias is {mode!r}, but no leaf that it covers is named 'bias'. "
+                "Expected one, or bias='none'."
+            )
+        return biases if mode != "none" else set()
+
+    def _check_target(self, pattern: str, excluded: set[str]) -> None:
+        found = {path for path, patterns in self._named.items() if pattern in patterns}
+        if not found:
+            raise self._unmatched("Target", pattern)
+        if found <= excluded:
+            raise TargetError(
+                f"All that target pattern {pattern!r} matches is excluded by "
+                f"{listing(map(repr, self._config.exclude))}, expected something to adapt."
+            )
+
+    def _covered(self, field: str, patterns: Iterable[str]) -> set[str]:
+        found = {p: {path for path in self._leaves if covers(p, path)} for p in patterns}
+        for pattern, paths in found.items():
+            if not paths:
+                raise self._unmatched(field, pattern)
+        return set().union(*found.values())
+
+    def _unmatched(self, field: str, pattern: str) -> TargetError:
+        kernels = [path for path, x in self._leaves.items() if len(x.shape) >= 2]
+        scopes = {path.rpartition("/")[0] or path for path in kernels}
+        ends = ["/".join(path.split("/")[-depth:]) for path in scopes for depth in (1, 2)]
+        near = [f"{e} ({sum(matches(e, p) for p in scopes)})" for e in nearest(pattern, ends)]
+        return TargetError(
+            f"{field} pattern {pattern!r} matched none of the {len(kernels)} kernels. "
+            f"Nearest: {', '.join(near) or 'there are no kernels'}."
+        )
+
+    def _unreachable(self, path: str, seen: Seen) -> TargetError:
+        if path not in seen.holders:
+            return TargetError(
+                f"{path} is a target, but the example inputs run no layer that holds it. Expected "
+                "inputs that run every target, or `exclude` it."
+            )
+        return TargetError(
+            f"{path} is a target, but {seen.holders[path].__name__} is no layer that can be "
+            f"adapted. There is: {', '.join(layers.registered_types())}. `exclude` it, register a "
+            "rule for it (`jaxlora.register`), or train it in weight space: "
+            "`model.apply({'params': merge(params, adapter)}, …)`."
+        )
+
+
+def names(pattern: str, path: str) -> bool:
+    """Whether a pattern names the layer that holds the leaf at `path`, or the leaf itself."""
+    return matches(pattern, path.rpartition("/")[0]) or matches(pattern, path)
+
+
+def pattern_value(field: str, pairs: Any, path: str, default: Any) -> Any:
+    """What {pattern: value} pairs give for a path, or the default.
+
+    Raises:
+      TargetError: two patterns give it different values.
+    """
+    found = {pattern: value for pattern, value in pairs if names(pattern, path)}
+    if len(set(found.values())) > 1:
+        raise TargetError(
+            f"{field} gives {path} different values: {found}, expected one. "
+            "Let only one of the patterns match it."
+        )
+    return next(iter(found.values()), default)
+
+
+def check_patterns_used(field: str, pairs: Any, paths: Iterable[str]) -> None:
+    """Raises TargetError if a pattern matches none of the adapted kernels."""
+    paths = list(paths)
+    for pattern, _ in pairs:
+        if not any(names(pattern, path) for path in paths):
+            raise TargetError(
+                f"{field} pattern {pattern!r} matched none of the {len(paths)} adapted kernels. "
+                f"Nearest: {listing(nearest(pattern, paths), 3)}."
+            )

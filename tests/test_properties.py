@@ -1,0 +1,250 @@
+"""What must hold for every model and every config."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxlora as jl
+from tests.zoo import CASES, every_differentiable_model, every_model
+
+CONFIGS = {
+    "default": {},
+    "rank_1": {"rank": 1},
+    "rslora_gaussian": {"rslora": True, "init": "gaussian", "rank": 3},
+    "biases": {"bias": "all", "rank": 2},
+}
+every_config = pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+@functools.cache
+def variables_of(name):
+    return CASES[name].variables()
+
+
+def fresh(case, **options):
+    """The case's variables and a fresh adapter; a bias mode only where there are biases."""
+    variables = variables_of(case.name)
+    if not any("bias" in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)):
+        options = options | {"bias": "none"}
+    return variables, _fresh(case.name, tuple(options.items()))
+
+
+@functools.cache
+def _fresh(name, options):
+    case = CASES[name]
+    config = jl.LoraConfig(**({"targets": case.targets, "rank": 2} | dict(options)))
+    key = jax.random.key(2)
+    return jl.lora_init(key, case.model, variables_of(name), config, *case.inputs, **case.kwargs)
+
+
+def trained(adapter, scale=0.3):
+    """The adapter as after training: no leaf is zero."""
+    leaves, treedef = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    moved = [
+        x + scale * jax.random.normal(k, x.shape, x.dtype)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, moved)
+
+
+def apply(case, variables, adapter):
+    run = jax.jit(lambda *a: jl.lora_apply(case.model, *a, *case.inputs, **case.kwargs))
+    out = run(variables, adapter)
+    return out[0] if "mutable" in case.kwargs else out
+
+
+def base(case, variables, params=None):
+    if params is not None:
+        variables = {**variables, "params": params}
+    out = jax.jit(lambda v: case.model.apply(v, *case.inputs, **case.kwargs))(variables)
+    return out[0] if "mutable" in case.kwargs else out
+
+
+def assert_trees_close(left, right, rtol=1e-5, atol=1e-5):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol, atol, err_msg=jax.tree_util.keystr(path))
+
+
+def assert_trees_equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@every_model
+@every_config
+def test_a_fresh_adapter_changes_nothing(case, options):
+    variables, adapter = fresh(case, **options)
+    np.testing.assert_array_equal(apply(case, variables, adapter), base(case, variables))
+
+
+@every_model
+@every_config
+def test_apply_equals_merged_and_differs_from_the_base(case, options):
+    variables, adapter = fresh(case, **options)
+    adapter = trained(adapter)
+    unmerged = apply(case, variables, adapter)
+    merged = base(case, variables, jl.merge(variables["params"], adapter))
+    np.testing.assert_allclose(unmerged, merged, rtol=1e-5, atol=1e-5)
+    assert np.abs(unmerged - base(case, variables)).max() > 1e-2
+
+
+@every_differentiable_model
+def test_gradients_are_those_of_the_merged_model(case):
+    variables, adapter = fresh(case, bias="all")
+    # Wide types: batch normalization in training cancels most of a kernel's gradient, so that
+    # float32 leaves three digits of it, and the two ways round differently.
+    with jax.enable_x64(case.wide):
+
+        def wide(tree):
+            return jax.tree.map(
+                lambda x: x.astype(float) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+            )
+
+        adapter = trained(adapter)
+        variables, adapter = wide(variables), wide(adapter)
+        case = dataclasses.replace(case, inputs=wide(case.inputs))
+
+        def through_apply(adapter):
+            return jnp.sum(jnp.sin(apply(case, variables, adapter)))
+
+        def through_merge(adapter):
+            return jnp.sum(jnp.sin(base(case, variables, jl.merge(variables["params"], adapter))))
+
+        got, expected = jax.grad(through_apply)(adapter), jax.grad(through_merge)(adapter)
+    tolerance = 1e-9 if case.wide else 1e-4
+    assert_trees_close(got.params, expected.params, rtol=tolerance, atol=tolerance)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(got))
+
+
+@every_differentiable_model
+def test_training_leaves_the_base_as_it_was_and_lowers_the_loss(case):
+    variables, adapter = fresh(case)
+    before = jax.tree.map(np.array, variables)
+    goal = base(case, variables) + 0.1
+
+    def loss_fn(adapter, variables, batch, key):
+        return jnp.mean((apply(case, variables, adapter) - batch) ** 2)
+
+    tx = optax.adam(3e-3)
+    step = jl.make_train_step(loss_fn, tx)
+    state = jl.TrainState.create(adapter, tx, jax.random.key(4))
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, variables, goal)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    assert_trees_equal(jax.tree.map(np.array, variables), before)
+    assert step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@every_model
+def test_save_and_load_are_exact(case, tmp_path):
+    variables, adapter = fresh(case, bias="all")
+    adapter = trained(adapter)
+    jl.save_adapter(tmp_path / "adapter", adapter, params=variables["params"])
+    loaded = jl.load_adapter(tmp_path / "adapter", params=variables["params"])
+    assert loaded.spec == adapter.spec
+    assert hash(loaded.spec) == hash(adapter.spec)
+    assert_trees_equal(loaded, adapter)
+
+
+@every_model
+def test_combine_inverts_split(case):
+    variables, adapter = fresh(case, bias="all")
+    joint = jl.combine(variables["params"], adapter)
+    assert_trees_equal(jl.split(joint), (variables["params"], adapter.params))
+    assert_trees_equal(jl.split(joint, adapter.spec), (variables["params"], adapter))
+    assert_trees_equal(jl.combine(*jl.split(joint)), joint)
+
+
+@every_model
+def test_unmerge_brings_the_base_back_up_to_rounding(case):
+    variables, adapter = fresh(case)
+    adapter = trained(adapter)
+    back = jl.unmerge(jl.merge(variables["params"], adapter), adapter)
+    assert_trees_close(back, variables["params"], atol=1e-5)
+
+
+@every_model
+def test_merging_with_donation_gives_the_same(case):
+    variables, adapter = fresh(case, bias="all")
+    adapter = trained(adapter)
+    expected = jl.merge(variables["params"], adapter)
+    spare = jax.tree.map(jnp.copy, variables["params"])
+    assert_trees_equal(jl.merge(spare, adapter, donate=True), expected)
+    donated = sum(leaf.is_deleted() for leaf in jax.tree.leaves(spare))
+    assert donated == len(adapter.spec.sites)
+
+
+@every_model
+def test_one_trace_serves_every_equal_adapter(case, tmp_path):
+    variables, adapter = fresh(case)
+    jl.save_adapter(tmp_path / "adapter", adapter)
+    equivalent = jl.LoraConfig(
+        targets=[case.targets] if isinstance(case.targets, str) else reversed(case.targets), rank=2
+    )
+    again = jl.lora_init(
+        jax.random.key(5), case.model, variables, equivalent, *case.inputs, **case.kwargs
+    )
+    reloaded = jl.load_adapter(tmp_path / "adapter", params=variables["params"])
+    traces = []
+
+    @jax.jit
+    def run(variables, adapter):
+        traces.append(1)
+        return apply(case, variables, adapter)
+
+    for one in (adapter, trained(adapter), reloaded, again):
+        run(variables, one)
+    assert len(traces) == 1
+    assert run._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@every_model
+def test_vmap_over_adapters_equals_a_loop(case):
+    variables, adapter = fresh(case)
+    adapters = [trained(adapter, scale) for scale in (0.1, 0.2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
+    together = jax.vmap(lambda adapter: apply(case, variables, adapter))(stacked)
+    for row, one in zip(together, adapters, strict=True):
+        np.testing.assert_allclose(row, apply(case, variables, one), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp", "scan", "scan_axis_1", "vmap_experts", "attention"])
+def test_the_step_has_no_dot_of_a_frozen_kernels_gradient(name):
+    case = CASES[name]
+    variables, adapter = fresh(case)
+
+    def loss(adapter, variables):
+        return jnp.sum(apply(case, variables, adapter) ** 2)
+
+    def full(variables):
+        return jnp.sum(base(case, variables) ** 2)
+
+    layouts = [site.layout for site in adapter.spec.sites]
+    sizes = {tuple(sorted(shape)) for at in layouts for shape in (at.own_shape, at.shape)}
+    text = jax.jit(jax.grad(loss)).lower(adapter, variables).as_text()
+    assert not sizes & _gradient_dot_shapes(text)
+    # The same look at full fine-tuning finds them: the test can fail.
+    text = jax.jit(jax.grad(full)).lower(variables).as_text()
+    assert sizes & _gradient_dot_shapes(text)
+
+
+def _gradient_dot_shapes(text):
+    """The sorted result shapes of all dots of a lowered program."""
+    found = set()
+    for line in text.splitlines():
+        if "dot_general" in line:
+            result = line.rsplit("tensor<", 1)[1].split(">")[0]
+            shape = tuple(sorted(int(n) for n in result.split("x")[:-1] if n != "1"))
+            found.add(shape)
+    return found

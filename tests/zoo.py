@@ -1,0 +1,332 @@
+"""The table of models that the property suites run over.
+
+Each entry is small and odd in one way: where a kernel's axes are, which transform it stands under,
+or how often it is used.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    targets: Any = "all-linear"
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    differentiable: bool = True
+    wide: bool = True  # whether it runs in float64
+
+    def variables(self) -> Any:
+        made = self.model.init(jax.random.key(0), *self.inputs, **self.init_kwargs())
+        # Biases and norms away from their neutral start, so that nothing cancels by accident.
+        keys = iter(jax.random.split(jax.random.key(1), 1000))
+        return jax.tree.map(
+            lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape, x.dtype), made
+        )
+
+    def init_kwargs(self) -> dict[str, Any]:
+        return {k: v for k, v in self.kwargs.items() if k != "mutable"}
+
+
+class Mlp(nn.Module):
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = nn.gelu(nn.Dense(12, name="up", **kinds)(x))
+        x = nn.LayerNorm(name="norm", **kinds)(x)
+        return nn.Dense(4, name="down", **kinds)(x)
+
+
+class Block(nn.Module):
+    """A residual block of a square Dense, as the body of a scan."""
+
+    use_bias: bool = True
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.Dense(8, use_bias=self.use_bias, name="dense")(x)
+        y = nn.Dropout(self.rate, deterministic=self.rate == 0)(y)
+        return x + nn.tanh(y), None
+
+
+class Scanned(nn.Module):
+    """Eight layers of an 8-wide kernel: sizes tell nothing about the axes."""
+
+    axis: int = 0
+    remat: bool = False
+    use_bias: bool = True
+    rate: float = 0.0
+    split_rngs: Any = dataclasses.field(default_factory=lambda: {"params": True})
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(Block) if self.remat else Block
+        layers = nn.scan(
+            block, variable_axes={"params": self.axis}, split_rngs=self.split_rngs, length=8
+        )
+        x, _ = layers(self.use_bias, self.rate, name="layers")(x, None)
+        return nn.Dense(3, name="head")(x)
+
+
+class RematScan(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.remat_scan(nn.Dense, lengths=(2, 3))(8, name="layers")(x)
+
+
+class ScannedAttention(nn.Module):
+    """Kernels of three axes under a scan whose axis has no place in a factor of two."""
+
+    axis: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        class Body(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                q = nn.DenseGeneral((2, 4), use_bias=False, name="query")(x)
+                out = nn.DenseGeneral(8, axis=(-2, -1), use_bias=False, name="out")
+                return x + nn.tanh(out(q)), None
+
+        layers = nn.scan(
+            Body, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3
+        )
+        return layers(name="layers")(x, None)[0]
+
+
+class Experts(nn.Module):
+    axis: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.vmap(
+            nn.Dense,
+            variable_axes={"params": self.axis},
+            split_rngs={"params": True},
+            in_axes=None,  # pyright: ignore[reportArgumentType]
+            out_axes=0,
+            axis_size=3,
+        )
+        return dense(5, name="experts")(x).sum(0)
+
+
+class ScannedExperts(nn.Module):
+    """A vmap in a scan: two stacked axes, one of them negative."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Body(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                dense = nn.vmap(
+                    nn.Dense,
+                    variable_axes={"params": 1},
+                    split_rngs={"params": True},
+                    in_axes=None,  # pyright: ignore[reportArgumentType]
+                    out_axes=0,
+                    axis_size=3,
+                )
+                return x + nn.tanh(dense(8, name="experts")(x).mean(0)), None
+
+        layers = nn.scan(Body, variable_axes={"params": -1}, split_rngs={"params": True}, length=5)
+        return layers(name="layers")(x, None)[0]
+
+
+class SharedVmap(nn.Module):
+    """One Dense mapped over an axis of the input: its kernel is not stacked."""
+
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.vmap(
+            nn.Dense, variable_axes={"params": None}, split_rngs={"params": False}, in_axes=0
+        )
+        return dense(5, name="shared")(x)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x)
+
+
+class BatchedDense(nn.Module):
+    """DenseGeneral with a batch axis and two contracted ones out of order."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.DenseGeneral((3, 2), axis=(-1, 1), batch_dims=(0,), name="dense")(x)
+
+
+class Einsums(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Einsum((8, 2, 6), "btd,dhk->bthk", name="fan_out")(x)
+        x = nn.tanh(nn.Einsum((2, 6, 5), "bthk,hkd->btd", name="fan_in")(x))
+        x = nn.tanh(nn.Einsum((3, 5, 4), "...d,edf->...ef", name="ellipsis")(x))
+        return nn.Einsum((3, 4, 2), "bted,edf->ebtf", use_bias=False, name="batched")(x)
+
+
+class CallTimeEinsum(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Einsum((8, 5), use_bias=False, name="einsum")(x, "btd,df->btf")
+
+
+class TiedEmbedding(nn.Module):
+    def setup(self):
+        self.embed = nn.Embed(11, 6)
+        self.mix = nn.Dense(6)
+
+    def __call__(self, ids):
+        return self.embed.attend(nn.tanh(self.mix(self.embed(ids))))
+
+    def encode(self, ids):
+        return nn.tanh(self.mix(self.embed(ids)))
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Dense(6, name="dense")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.Dense(2, name="head")(nn.relu(x))
+
+
+class SharedTwice(nn.Module):
+    """One Dense, set up once and called twice."""
+
+    def setup(self):
+        self.dense = nn.Dense(8)
+
+    def __call__(self, x):
+        return self.dense(nn.tanh(self.dense(x)))
+
+
+class SubclassedDense(nn.Module):
+    """A subclass whose __call__ calls super().__call__: the branch is added once."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Scaled(nn.Dense):
+            @nn.compact
+            def __call__(self, inputs):
+                return 2.0 * super().__call__(inputs)
+
+        return Scaled(5, name="scaled")(x)
+
+
+class Recurrent(nn.Module):
+    """GRU: each kernel is used at every step of a scan over time."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.RNN(nn.GRUCell(6), name="rnn")(x)
+
+
+class Boxed(nn.Module):
+    """Params in nn.Partitioned boxes, under a scan that names its axis."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+
+        class Body(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + nn.tanh(nn.Dense(8, kernel_init=init, name="dense")(x)), None
+
+        layers = nn.scan(
+            Body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return layers(name="layers")(x, None)[0]
+
+
+class Jitted(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.jit(nn.Dense)(5, name="dense")(x)
+
+
+class Looped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        body = nn.Dense(8, name="body")
+        if self.is_initializing():
+            return body(x)
+        _, x = nn.while_loop(
+            lambda module, carry: carry[0] < 3,
+            lambda module, carry: (carry[0] + 1, nn.tanh(body(carry[1]))),
+            self,
+            (0, x),
+            broadcast_variables="params",
+        )
+        return x
+
+
+class Branched(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        branch = nn.Dense(8, name="branch")
+        if self.is_initializing():
+            return branch(x)
+        return nn.cond(x.sum() < 1e9, lambda module, x: branch(x), lambda module, x: x, self, x)
+
+
+def _x(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(7), shape, dtype)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("mlp", Mlp(), (_x(5, 8),)),
+        Case("mlp_no_batch", Mlp(), (_x(8),)),
+        Case("scan", Scanned(), (_x(5, 8),)),
+        Case("scan_axis_1", Scanned(axis=1), (_x(5, 8),)),
+        Case("scan_axis_-1", Scanned(axis=-1), (_x(5, 8),)),
+        Case("scan_axis_2", Scanned(axis=2, use_bias=False), (_x(5, 8),)),
+        Case("scan_remat", Scanned(remat=True), (_x(5, 8),)),
+        Case("remat_scan", RematScan(), (_x(5, 8),)),
+        Case("scan_attention_axis_3", ScannedAttention(3), (_x(2, 5, 8),)),
+        Case("scan_attention_axis_-4", ScannedAttention(-4), (_x(2, 5, 8),)),
+        Case("vmap_experts", Experts(), (_x(5, 8),)),
+        Case("vmap_experts_axis_-1", Experts(-1), (_x(5, 8),)),
+        Case("vmap_in_scan", ScannedExperts(), (_x(5, 8),)),
+        Case("vmap_shared", SharedVmap(), (_x(3, 5, 8),)),
+        Case("attention", Attention(), (_x(2, 5, 8),)),
+        Case("dense_general_batched", BatchedDense(), (_x(2, 3, 4, 5),)),
+        Case("einsum", Einsums(), (_x(2, 5, 8),)),
+        Case("einsum_call_time", CallTimeEinsum(), (_x(2, 5, 8),)),
+        Case("embed_attend", TiedEmbedding(), (jnp.arange(10).reshape(2, 5),), ("embed", "mix")),
+        Case("batch_norm_train", Normed(), (_x(5, 8),), kwargs={"mutable": ["batch_stats"]}),
+        Case("batch_norm_eval", Normed(), (_x(5, 8),), kwargs={"train": False}),
+        Case("shared_twice", SharedTwice(), (_x(5, 8),)),
+        Case("subclassed", SubclassedDense(), (_x(5, 8),)),
+        Case("gru", Recurrent(), (_x(2, 5, 4),), wide=False),
+        Case("boxed", Boxed(), (_x(5, 8),)),
+        Case("nn_jit", Jitted(), (_x(5, 8),)),
+        Case("while", Looped(), (_x(5, 8),), differentiable=False),
+        Case("cond", Branched(), (_x(5, 8),)),
+    )
+}
+
+DIFFERENTIABLE = {name: case for name, case in CASES.items() if case.differentiable}
+every_differentiable_model = pytest.mark.parametrize(
+    "case", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys()
+)
+every_model = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
