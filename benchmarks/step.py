@@ -7,6 +7,7 @@ Prints a table and writes JSON with the machine and the versions.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -35,6 +36,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, sequence, width) to the same."""
         for i in range(self.layers):
             y = nn.LayerNorm(name=f"norm_a_{i}")(x)
             q, k, v = (
@@ -81,14 +83,20 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     variables = model.init(jax.random.key(1), x)
     tx = optax.adam(1e-4)
 
+    def full_loss(params: Any) -> jax.Array:
+        return jnp.mean(jnp.square(jnp.asarray(model.apply({"params": params}, x))))
+
     def full_step(params: Any, state: Any) -> Any:
-        grads = jax.grad(lambda p: jnp.mean(model.apply({"params": p}, x) ** 2))(params)
+        grads = jax.grad(full_loss)(params)
         updates, state = tx.update(grads, state)
         return optax.apply_updates(params, updates), state
 
     params = variables["params"]
-    steps = {"full": (compiled(full_step, params, tx.init(params)), (params, tx.init(params)))}
-    runs = {"base": (compiled(lambda v: model.apply(v, x), variables), (variables,))}
+    steps: dict[str, Any] = {
+        "full": (compiled(full_step, params, tx.init(params)), (params, tx.init(params)))
+    }
+    base = compiled(lambda v: model.apply(v, x), variables)
+    runs: dict[str, Any] = {"base": (base, (variables,))}
     for targets, name in (("all-linear", "all"), (r"(query|value)_\d+", "q,v")):
         for rank in options.ranks:
             config = jl.LoraConfig(rank=rank, targets=targets)
@@ -99,17 +107,18 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                     return jnp.mean(jl.lora_apply(model, base, adapter, x) ** 2)
 
                 grads = jax.grad(loss)(adapter)
-                updates, state = tx.update(grads, state)
-                return optax.apply_updates(adapter, updates), state
+                updates, state = tx.update(grads.params, state)
+                params = optax.apply_updates(adapter.params, updates)
+                return dataclasses.replace(adapter, params=params), state
 
-            args = (adapter, tx.init(adapter), variables)
+            args: Any = (adapter, tx.init(adapter.params), variables)
             steps[f"LoRA {name} r={rank}"] = (compiled(step, *args), args)
             if name == "all":
                 args = (variables, adapter)
                 unmerged = compiled(lambda v, a: jl.lora_apply(model, v, a, x), *args)
                 runs[f"unmerged {name} r={rank}"] = (unmerged, args)
                 folded = {"params": jl.merge(variables["params"], adapter)}
-                runs[f"merged {name} r={rank}"] = (runs["base"][0], (folded,))
+                runs[f"merged {name} r={rank}"] = (base, (folded,))
     rows = compare("step", steps, options.rounds) + compare("inference", runs, options.rounds)
     return rows
 

@@ -51,7 +51,7 @@ class Train:
     """Rank of the update of each linear layer."""
     epochs: int = 2
     """Passes over the training sentences."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """Peak learning rate."""
     batch_size: int = 32
     """Sentences in a step."""

@@ -46,11 +46,15 @@ class Targets:
           TargetError: the config asks for a layer that cannot be adapted, or for none at all.
         """
         uses = {path: use for path, use in seen.uses.items() if self._named[path] or not use.lookup}
+        served = {path.rpartition("/")[0] for path in uses}
         for path in sorted(self.candidates - set(seen.uses)):
+            scope, _, name = path.rpartition("/")
             weight = seen.ndims.get(path, len(self._leaves[path].shape)) >= 2
-            named = self._named[path] and weight
-            implied = self._all_linear and path.rpartition("/")[2] == "kernel"
-            if (named or implied) and not issubclass(seen.holders.get(path, object), _NORMS):
+            norm = issubclass(seen.holders.get(path, object), _NORMS)
+            # A pattern names a layer, and is content with its kernel, or names the leaf itself.
+            own = [p for p in self._named[path] if scope not in served or matches(p, path)]
+            implied = self._all_linear and name == "kernel"
+            if ((own and weight) or implied) and not norm:
                 raise self._unreachable(path, seen)
         for pattern in self._patterns:
             if not any(pattern in self._named[path] for path in uses):

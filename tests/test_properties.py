@@ -69,7 +69,7 @@ def base(case, variables, params=None):
 
 
 def assert_close(left, right, tolerance=1e-5, name=""):
-    """Elementwise, to a tolerance relative to the largest element: sums cancel in the small ones."""
+    """To a tolerance relative to the largest element: sums cancel in the small ones."""
     scale = max(1.0, float(np.abs(right).max(initial=0)))
     np.testing.assert_allclose(left, right, 0, tolerance * scale, err_msg=name)
 
