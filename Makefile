@@ -26,7 +26,7 @@ lint: $(VENV)/.dev ## format and lint in place
 	$(BIN)/pyright
 
 bench: $(VENV)/.dev ## time a LoRA step against full fine-tuning, merged against unmerged
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --markdown BENCHMARKS.md
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

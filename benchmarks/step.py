@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/step.json"))
+    parser.add_argument("--markdown", type=Path, help="write the table as a page, too")
     options = parser.parse_args()
 
     rows = measure(options)
@@ -70,11 +71,14 @@ def main() -> None:
         table.add_row(row["way"], f"{row['ms']:.1f}", f"{row['time']:.2f}", f"{row['flops']:.2f}")
     Console().print(table)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in vars(options).items() if k != "out"}
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "markdown")}
     options.out.write_text(
         json.dumps({"rows": rows, "settings": settings, "machine": machine()}, indent=2)
     )
     print(f"written to {options.out}")
+    if options.markdown:
+        options.markdown.write_text(markdown(rows, options))
+        print(f"written to {options.markdown}")
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -149,6 +153,31 @@ def compare(kind: str, ways: dict[str, Any], rounds: int) -> list[dict[str, Any]
         }
         for name, seconds in times.items()
     ]
+
+
+def markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """The page BENCHMARKS.md."""
+    at = machine()
+    versions = ", ".join(f"{name} {number}" for name, number in at["versions"].items())
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `make bench`; not edited by hand. Ratios are medians within one run, all ways in",
+        "turn; absolute times are the machine's and mean little.",
+        "",
+        f"{options.layers} decoder layers of width {options.width}, {options.tokens} tokens,",
+        f"float32, all six linear kernels of a layer or query and value; {at['device']},",
+        f"{at['cores']} cores ({at['platform']}); {versions}.",
+        "",
+        "| way | ms | of full or base | FLOPs of full or base |",
+        "|---|---|---|---|",
+        *(
+            f"| {row['way']} | {row['ms']:.1f} | {row['time']:.2f} | {row['flops']:.2f} |"
+            for row in rows
+        ),
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def machine() -> dict[str, Any]:

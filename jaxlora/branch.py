@@ -28,6 +28,8 @@ def branch(site: Site, linear: Linear, a: Array, b: Array, dtype: jnp.dtype) -> 
     Returns:
       An array of the shape and dtype of the layer's output.
     """
+    if linear.run is not None:
+        return _by_running(site, linear, a.astype(dtype), b.astype(dtype), dtype)
     x, kernel, out = linear.letters()
     batch, inner, outer = (
         "".join(c for c, r in zip(kernel, site.layout.roles, strict=True) if r == role)
@@ -61,6 +63,17 @@ def branch(site: Site, linear: Linear, a: Array, b: Array, dtype: jnp.dtype) -> 
     high = jnp.einsum("...tr,...ro->...to", low * site.scaling, b, precision=linear.precision)
     high = high.reshape(*batch_shape, *free_shape, *outer_shape)
     return jnp.transpose(high, [(batch + free + outer).index(c) for c in out])
+
+
+def _by_running(site: Site, linear: Linear, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+    """The branch of a convolution: one with `rank` outputs, then a 1x1 (as in PEFT)."""
+    assert linear.run is not None
+    kernel = jnp.concatenate([a] * linear.groups, axis=0)
+    low = linear.run(linear.x.astype(dtype), jnp.moveaxis(kernel, 0, site.layout.roles.index("o")))
+    low = low.reshape(*low.shape[:-1], linear.groups, site.rank) * site.scaling
+    b = b.reshape(site.rank, linear.groups, -1)
+    high = jnp.einsum("...gr,rgo->...go", low, b, precision=linear.precision)
+    return high.reshape(*high.shape[:-2], -1)
 
 
 def dropped(key: Array, rate: float, x: Array) -> Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jaxlora import layers, tree
-from jaxlora.errors import ModelError, TargetError
+from jaxlora.errors import LoraError, ModelError, TargetError
 
 _WAYS_OUT = (
     "`exclude` it, or train it in weight space: "
@@ -93,7 +93,7 @@ def discover(
 
     try:
         trace(run, variables, args, kwargs)
-    except TargetError:
+    except LoraError:
         raise
     except Exception as e:
         _reject_inputs(model, variables, args, kwargs)

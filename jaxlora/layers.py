@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlora.errors import LoraError
+from jaxlora.errors import LoraError, TargetError
 
 Array = jax.Array
 
@@ -31,6 +31,9 @@ class Linear:
         with `...`. An input of integers indexes the kernel's contracted axis: `"...v,vd->...d"`
         with x of shape (...) is an embedding lookup.
       x: the input.
+      run: for a map that is no einsum, as a convolution: the map of (x, kernel) itself, for kernels
+        with any number of outputs. `roles` must be given then, and `equation` is not used.
+      groups: how often `run` repeats its outputs, once for each group of the input's channels.
       roles: the role of each of the kernel's axes (see `KernelLayout`), where the equation does
         not tell: a table that is looked up one way and attended to the other keeps one.
       precision: as for `jax.lax.dot_general`.
@@ -41,6 +44,8 @@ class Linear:
     x: Array
     roles: str = ""
     precision: Any = None
+    run: Callable[[Array, Array], Array] | None = None
+    groups: int = 1
 
     @property
     def lookup(self) -> bool:
@@ -61,9 +66,11 @@ class Linear:
 
     def kernel_roles(self) -> str:
         """`roles`, or what the equation says of the kernel's axes."""
+        if self.roles:
+            return self.roles
         x, kernel, out = self._split()
         of = {(True, False): "i", (False, False): "i", (True, True): "b", (False, True): "o"}
-        return self.roles or "".join(of[c in x, c in out] for c in kernel)
+        return "".join(of[c in x, c in out] for c in kernel)
 
     def _split(self) -> tuple[str, str, str]:
         operands, arrow, out = self.equation.replace(" ", "").partition("->")
@@ -172,6 +179,38 @@ def _embed(module: nn.Embed, inputs: Array) -> Linear:
 @register(nn.Embed, method="attend")
 def _attend(module: nn.Embed, query: Array) -> Linear:
     return Linear("embedding", "...d,vd->...v", query, roles="io")
+
+
+@register(nn.Conv.__base__)  # type: ignore[arg-type]  Conv and ConvLocal share their __call__
+def _conv(module: nn.Conv, inputs: Array) -> Linear:
+    axes = len(_as_tuple(module.kernel_size)) + 1
+    groups, run = module.feature_group_count, _with_kernel_of(module)
+    return Linear("kernel", "", inputs, roles="i" * axes + "o", run=run, groups=groups)
+
+
+@register(nn.ConvTranspose)
+def _conv_transpose(module: nn.ConvTranspose, inputs: Array) -> Linear:
+    spatial = "i" * len(_as_tuple(module.kernel_size))
+    roles = spatial + ("oi" if module.transpose_kernel else "io")
+    return Linear("kernel", "", inputs, roles=roles, run=_with_kernel_of(module))
+
+
+def _with_kernel_of(module: Any) -> Callable[[Array, Array], Array]:
+    """The module as a map of input and kernel; the kernel's last axis or `o` may have any size."""
+
+    def run(x: Array, kernel: Array) -> Array:
+        if module.mask is not None:
+            raise TargetError(
+                f"{'/'.join(module.path)} masks its kernel, so an update of low rank does not keep "
+                "low rank. `exclude` it."
+            )
+        features = (
+            kernel.shape[-2] if getattr(module, "transpose_kernel", False) else kernel.shape[-1]
+        )
+        bare = module.clone(features=features, use_bias=False, parent=None, name=None)
+        return bare.apply({"params": {"kernel": kernel}}, x)
+
+    return run
 
 
 def _as_tuple(x: Any) -> tuple[int, ...]:

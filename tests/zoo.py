@@ -234,6 +234,20 @@ class Recurrent(nn.Module):
         return nn.RNN(nn.GRUCell(6), name="rnn")(x)
 
 
+class Convs(nn.Module):
+    """Convolutions of one to three dimensions: strides, dilation, groups, padding modes."""
+
+    @nn.compact
+    def __call__(self, x):  # (batch, 6, 6, 4)
+        x = nn.Conv(6, (3, 3), strides=2, padding="CIRCULAR", name="strided")(x)
+        x = nn.tanh(nn.Conv(6, (2, 3), kernel_dilation=2, feature_group_count=2, name="groups")(x))
+        x = nn.ConvTranspose(4, (2, 2), strides=(2, 1), name="transpose")(x)
+        x = nn.ConvTranspose(3, (2, 2), transpose_kernel=True, name="flipped")(x)
+        x = nn.tanh(nn.ConvLocal(4, (2, 2), name="local")(x))
+        x = nn.Conv(5, 3, padding="CAUSAL", name="line")(x.reshape(x.shape[0], -1, 4))
+        return nn.Conv(2, (2, 2, 2), name="cube")(x[:, :8].reshape(-1, 2, 2, 2, 5))
+
+
 class Boxed(nn.Module):
     """Params in nn.Partitioned boxes, under a scan that names its axis."""
 
@@ -318,6 +332,7 @@ CASES = {
         Case("shared_twice", SharedTwice(), (_x(5, 8),)),
         Case("subclassed", SubclassedDense(), (_x(5, 8),)),
         Case("gru", Recurrent(), (_x(2, 5, 4),), wide=False),
+        Case("conv", Convs(), (_x(2, 6, 6, 4),)),
         Case("boxed", Boxed(), (_x(5, 8),)),
         Case("nn_jit", Jitted(), (_x(5, 8),)),
         Case("while", Looped(), (_x(5, 8),), differentiable=False),
