@@ -107,6 +107,7 @@ def lora_apply(
             mask_key = _mask_key(factors, factors.key, context.module, calls)
             linear = dataclasses.replace(linear, x=dropped(mask_key, factors.dropout, linear.x))
         a, b = (_core(factors, part) for part in ("a", "b"))
+        b = factors.site.layout.spread(b)
         return y + branch(factors.site, linear, a, b, y.dtype)
 
     with nn.intercept_methods(intercept):

@@ -68,10 +68,10 @@ def branch(site: Site, linear: Linear, a: Array, b: Array, dtype: jnp.dtype) -> 
 def _by_running(site: Site, linear: Linear, a: Array, b: Array, dtype: jnp.dtype) -> Array:
     """The branch of a convolution: one with `rank` outputs, then a 1x1 (as in PEFT)."""
     assert linear.run is not None
-    kernel = jnp.concatenate([a] * linear.groups, axis=0)
+    kernel = jnp.concatenate([a] * linear.groups)
     low = linear.run(linear.x.astype(dtype), jnp.moveaxis(kernel, 0, site.layout.roles.index("o")))
-    low = low.reshape(*low.shape[:-1], linear.groups, site.rank) * site.scaling
-    b = b.reshape(site.rank, linear.groups, -1)
+    low = low.reshape(*low.shape[:-1], linear.groups, a.shape[0]) * site.scaling
+    b = b.reshape(b.shape[0], linear.groups, -1)
     high = jnp.einsum("...gr,rgo->...go", low, b, precision=linear.precision)
     return high.reshape(*high.shape[:-2], -1)
 

@@ -290,9 +290,10 @@ def _spec_from_dict(about: Mapping[str, Any], folder: Path) -> Spec:
         fields = about["spec"]
         sites = []
         for site in fields["sites"]:
-            axes = site["layout"]
-            layout = KernelLayout(tuple(axes["shape"]), axes["roles"], tuple(axes["stack"]))
-            sites.append(Site(**(site | {"layout": layout})))
+            layout: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in site["layout"].items()
+            }
+            sites.append(Site(**(site | {"layout": KernelLayout(**layout)})))
         saved = [SavedLeaf(leaf["path"], tuple(leaf["shape"])) for leaf in fields["saved"]]
         spec = Spec(LoraConfig.from_dict(fields["config"]), tuple(sites), tuple(saved))
         spec.leaf_shapes  # noqa: B018  the layouts must make sense

@@ -43,6 +43,10 @@ class LoraConfig:
       rslora: scale by `alpha / sqrt(rank)` (Kalajdzievski 2023).
       rank_pattern: {pattern: rank} for layers that differ from `rank`.
       alpha_pattern: {pattern: alpha} for layers that differ from `alpha`.
+      fused: {pattern: mask} for kernels that hold several layers side by side, such as GPT-2's
+        `c_attn`: `{"c_attn": (True, False, True)}` adapts q and v only, each with `rank` rows of A
+        of its own (loralib's MergedLinear). The blocks are an output axis of the mask's length if
+        there is one, such as (in, 3, heads, dim), or else equal parts of the last.
       param_dtype: dtype of the trained leaves. They are cast to the layer's dtype for computing.
 
     Raises:
@@ -66,6 +70,7 @@ class LoraConfig:
     rslora: bool = False
     rank_pattern: Mapping[str, int] | Iterable[tuple[str, int]] = ()
     alpha_pattern: Mapping[str, float] | Iterable[tuple[str, float]] = ()
+    fused: Mapping[str, Iterable[bool]] | Iterable[tuple[str, Iterable[bool]]] = ()
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -80,6 +85,7 @@ class LoraConfig:
             "rslora": _bool("rslora", self.rslora),
             "rank_pattern": _pattern_values("rank_pattern", self.rank_pattern, _rank),
             "alpha_pattern": _pattern_values("alpha_pattern", self.alpha_pattern, _alpha),
+            "fused": _pattern_values("fused", self.fused, _mask),
             "param_dtype": _float_dtype(self.param_dtype),
         }
         for name, value in canonical.items():
@@ -97,8 +103,10 @@ class LoraConfig:
         """The fields as JSON types."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name, value in fields.items():
-            if name.endswith("_pattern"):
+            if name in ("rank_pattern", "alpha_pattern"):
                 fields[name] = dict(value)
+            elif name == "fused":
+                fields[name] = {pattern: list(mask) for pattern, mask in value}
             elif isinstance(value, tuple):
                 fields[name] = list(value)
         return fields | {"param_dtype": np.dtype(self.param_dtype).name}
@@ -196,6 +204,16 @@ def _pattern_values(name: str, value: Any, check: Any) -> tuple[tuple[str, Any],
     except (TypeError, ValueError):
         raise ConfigError(f"{name} is {value!r}, expected a dict from pattern to value.") from None
     return tuple(sorted((_pattern(name, p), check(f"{name}[{p!r}]", v)) for p, v in pairs))
+
+
+def _mask(name: str, value: Any) -> tuple[bool, ...]:
+    mask = tuple(value) if isinstance(value, Iterable) else ()
+    if len(mask) < 2 or not any(mask) or not all(isinstance(on, (bool, np.bool_)) for on in mask):
+        raise ConfigError(
+            f"{name} is {value!r}, expected a mask such as (True, False, True) of two blocks or "
+            "more, one of them True."
+        )
+    return tuple(map(bool, mask))
 
 
 def _float_dtype(value: Any) -> np.dtype:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 Part = Literal["a", "b", "key"]
@@ -37,11 +38,20 @@ class KernelLayout:
       shape: the shape of the leaf in the params tree, stacked axes included.
       roles: one letter of `i`, `o`, `b` for each axis of the kernel as its module sees it.
       stack: the signed axes that lifted transforms take away, outermost first.
+      blocks: for a fused kernel, which of its equal blocks are adapted: loralib's MergedLinear. A
+        has `rank` rows for each of them, and B the outputs of one block; the others' delta is zero.
+      block_axis: the leaf's output axis that is made of the blocks.
     """
 
     shape: tuple[int, ...]
     roles: str
     stack: tuple[int, ...] = ()
+    blocks: tuple[bool, ...] = ()
+    block_axis: int = 0
+
+    def rows(self, rank: int) -> int:
+        """The rows of A and B: the rank, for each adapted block of a fused kernel."""
+        return rank * sum(self.blocks) if self.blocks else rank
 
     def axes(self, role: str) -> tuple[int, ...]:
         """The leaf's axes that have a role; `s` asks for the stacked axes, outermost first."""
@@ -74,8 +84,8 @@ class KernelLayout:
 
     def leaf_shape(self, part: Part, rank: int) -> tuple[int, ...]:
         """The shape of a factor's leaf in the params tree (for `key`: `rank` words of key data)."""
-        given = {_RANK: rank, _PAD: 1}
-        return tuple(self.shape[x] if isinstance(x, int) else given[x] for x in self._labels(part))
+        rows = rank if part == "key" else self.rows(rank)
+        return tuple(self._size(x, part, rows) for x in self._labels(part))
 
     def slice_shape(self, part: Part, rank: int) -> tuple[int, ...]:
         """The shape of a factor's leaf as the module sees it, stacked axes taken away."""
@@ -84,10 +94,10 @@ class KernelLayout:
         return tuple(n for x, n in zip(labels, shape, strict=True) if x not in stacked)
 
     def core_shape(self, part: Part, rank: int) -> tuple[int, ...]:
-        """The shape of a factor as the mathematics has it: batch, rank, contracted or outputs."""
-        own = {"a": self.sizes("i"), "b": self.sizes("o"), "key": ()}[part]
-        batch = () if part == "key" else self.sizes("b")
-        return (*batch, rank, *own)
+        """The shape of a factor by itself: batch, rows, and contracted axes or outputs."""
+        rows = rank if part == "key" else self.rows(rank)
+        labels = self._canonical(part)[len(self.stack) :]
+        return tuple(self._size(x, part, rows) for x in labels)
 
     def to_leaf(self, x: Array, part: Part, rank: int) -> Array:
         """From (*stack, *core) to the leaf's shape."""
@@ -100,9 +110,30 @@ class KernelLayout:
         """From the leaf's shape to (*stack, *core)."""
         order = self._canonical(part)
         present = [label for label in self._labels(part) if label != _PAD]
-        given = {_RANK: rank}
-        x = x.reshape([self.shape[n] if isinstance(n, int) else given[n] for n in present])
+        rows = rank if part == "key" else self.rows(rank)
+        x = x.reshape([self._size(n, part, rows) for n in present])
         return jnp.transpose(x, [present.index(label) for label in order])
+
+    def spread(self, b: Array) -> Array:
+        """B over all the outputs of a fused kernel: each row is zero outside its own block.
+
+        Args:
+          b: (..., rows, *outputs of one block).
+
+        Returns:
+          (..., rows, *outputs); `b` itself if the kernel is not fused.
+        """
+        if not self.blocks:
+            return b
+        outputs, blocks = self.axes("o"), len(self.blocks)
+        at = outputs.index(self.block_axis)
+        after = len(outputs) - at
+        rows = b.shape[-len(outputs) - 1]
+        of_row = np.repeat(np.flatnonzero(self.blocks), rows // sum(self.blocks))
+        own = of_row[:, None] == np.arange(blocks)
+        own = own.reshape(rows, *[1] * at, blocks, *[1] * after)
+        apart = jnp.where(own, jnp.expand_dims(b, -after - 1), jnp.zeros((), b.dtype))
+        return apart.reshape(*b.shape[: -len(outputs)], *self.sizes("o"))
 
     def delta(self, a: Array, b: Array, rank: int, dtype: Any = jnp.float32) -> Array:
         """The update of the whole kernel leaf, `sum over rank of A B`.
@@ -125,7 +156,7 @@ class KernelLayout:
         return jnp.einsum(
             f"{left},{right}->{kernel}",
             self.from_leaf(a, "a", rank).astype(dtype),
-            self.from_leaf(b, "b", rank).astype(dtype),
+            self.spread(self.from_leaf(b, "b", rank)).astype(dtype),
             precision=jax.lax.Precision.HIGHEST,
         )
 
@@ -133,6 +164,12 @@ class KernelLayout:
         own = list(range(len(self.shape)))
         stacked = [own.pop(axis) for axis in self.stack]
         return own, stacked
+
+    def _size(self, label: int | str, part: Part, rows: int) -> int:
+        if isinstance(label, str):
+            return rows if label == _RANK else 1
+        fused = self.blocks and part == "b" and label == self.block_axis
+        return self.shape[label] // (len(self.blocks) if fused else 1)
 
     def _canonical(self, part: Part) -> list[int | str]:
         own = {"a": self.axes("i"), "b": self.axes("o"), "key": ()}[part]

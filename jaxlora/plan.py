@@ -13,7 +13,7 @@ from jaxlora.adapter import Adapter, SavedLeaf, Site, Spec
 from jaxlora.apply import base_params, lora_apply
 from jaxlora.config import LoraConfig
 from jaxlora.discover import Use, discover, trace
-from jaxlora.errors import ConfigError, LoraError, listing
+from jaxlora.errors import ConfigError, LoraError, TargetError, listing
 from jaxlora.layout import KernelLayout
 from jaxlora.targets import Targets, check_patterns_used, pattern_value
 
@@ -117,6 +117,7 @@ def plan(
     uses = targets.adapted(discover(model, variables, targets.candidates, args, kwargs))
     check_patterns_used("rank_pattern", config.rank_pattern, uses)
     check_patterns_used("alpha_pattern", config.alpha_pattern, uses)
+    check_patterns_used("fused", config.fused, uses)
     spec = Spec(
         config=config,
         sites=tuple(_site(path, use, leaves[path], config) for path, use in sorted(uses.items())),
@@ -136,9 +137,23 @@ def plan(
 
 def _site(path: str, use: Use, leaf: Any, config: LoraConfig) -> Site:
     layout = KernelLayout(tuple(leaf.shape), use.roles, use.stack)
+    blocks = pattern_value("fused", config.fused, path, ())
+    if blocks:
+        layout = _fused(layout, blocks, path)
     rank = pattern_value("rank_pattern", config.rank_pattern, path, config.rank)
     alpha = pattern_value("alpha_pattern", config.alpha_pattern, path, config.alpha)
     return Site(path, use.kind, layout, rank, config.scaling(rank, alpha), use.lookup)
+
+
+def _fused(layout: KernelLayout, blocks: tuple[bool, ...], path: str) -> KernelLayout:
+    outputs, sizes = layout.axes("o"), layout.sizes("o")
+    axis = outputs[sizes.index(len(blocks))] if len(blocks) in sizes else outputs[-1]
+    if layout.shape[axis] % len(blocks):
+        raise TargetError(
+            f"fused gives {path} {len(blocks)} blocks, but its outputs are {sizes}: expected an "
+            f"axis of {len(blocks)}, or a last one that {len(blocks)} divides."
+        )
+    return dataclasses.replace(layout, blocks=blocks, block_axis=axis)
 
 
 def _row(site: Site) -> tuple[str, ...]:

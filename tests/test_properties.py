@@ -39,7 +39,7 @@ def fresh(case, **options):
 @functools.cache
 def _fresh(name, options):
     case = CASES[name]
-    config = jl.LoraConfig(**({"targets": case.targets, "rank": 2} | dict(options)))
+    config = jl.LoraConfig(**({"targets": case.targets, "rank": 2} | case.options | dict(options)))
     key = jax.random.key(2)
     return jl.lora_init(key, case.model, variables_of(name), config, *case.inputs, **case.kwargs)
 
@@ -212,7 +212,9 @@ def test_one_trace_serves_every_equal_adapter(case, tmp_path):
     variables, adapter = fresh(case)
     jl.save_adapter(tmp_path / "adapter", adapter)
     equivalent = jl.LoraConfig(
-        targets=[case.targets] if isinstance(case.targets, str) else reversed(case.targets), rank=2
+        targets=[case.targets] if isinstance(case.targets, str) else reversed(case.targets),
+        rank=2,
+        **case.options,
     )
     again = jl.lora_init(
         jax.random.key(5), case.model, variables, equivalent, *case.inputs, **case.kwargs

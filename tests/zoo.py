@@ -20,6 +20,7 @@ class Case:
     inputs: tuple[Any, ...]
     targets: Any = "all-linear"
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     differentiable: bool = True
     wide: bool = True  # whether it runs in float64
 
@@ -248,6 +249,26 @@ class Convs(nn.Module):
         return nn.Conv(2, (2, 2, 2), name="cube")(x[:, :8].reshape(-1, 2, 2, 2, 5))
 
 
+class Fused(nn.Module):
+    """Kernels that hold q, k and v side by side: flat, with an axis of their own, and scanned."""
+
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = jnp.split(nn.Dense(12, name="c_attn")(x), 3, -1)
+        x = nn.tanh(q * k + v)
+        x = nn.DenseGeneral((2, 3, 2), name="axis")(x)
+        x = nn.tanh(x.reshape(*x.shape[:-3], 12))[..., :8]
+
+        class Body(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                gate, up = jnp.split(nn.Dense(16, name="gate_up")(x), 2, -1)
+                return x + nn.tanh(gate * up), None
+
+        layers = nn.scan(Body, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+        return layers(name="layers")(x, None)[0]
+
+
 class Boxed(nn.Module):
     """Params in nn.Partitioned boxes, under a scan that names its axis."""
 
@@ -333,6 +354,18 @@ CASES = {
         Case("subclassed", SubclassedDense(), (_x(5, 8),)),
         Case("gru", Recurrent(), (_x(2, 5, 4),), wide=False),
         Case("conv", Convs(), (_x(2, 6, 6, 4),)),
+        Case(
+            "fused",
+            Fused(),
+            (_x(2, 5, 8),),
+            options={
+                "fused": {
+                    "c_attn": (True, False, True),
+                    "axis": (False, True, True),
+                    "gate_up": (False, True),
+                }
+            },
+        ),
         Case("boxed", Boxed(), (_x(5, 8),)),
         Case("nn_jit", Jitted(), (_x(5, 8),)),
         Case("while", Looped(), (_x(5, 8),), differentiable=False),
