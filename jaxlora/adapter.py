@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxlora import tree
 from jaxlora.config import LoraConfig
 from jaxlora.errors import AdapterError, listing, nearest
-from jaxlora.layout import KernelLayout
+from jaxlora.layout import KernelLayout, Part
 
 Array = jax.Array
 
@@ -29,6 +29,7 @@ class Site:
       scaling: the factor before BA.
       lookup: whether it is a table indexed by integers, as an embedding is. Such a site starts
         with A zero and B random, and has no dropout (as in loralib and PEFT).
+      dora: whether the kernel's magnitude is trained too, as the leaf m.
     """
 
     path: str
@@ -37,13 +38,16 @@ class Site:
     rank: int
     scaling: float
     lookup: bool = False
+    dora: bool = False
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The names of its leaves."""
+        return ("a", "b", "m") if self.dora else ("a", "b")
 
     def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
         """{path: shape} of the leaves in the adapter's tree."""
-        return {
-            f"{self.path}_lora_a": self.layout.leaf_shape("a", self.rank),
-            f"{self.path}_lora_b": self.layout.leaf_shape("b", self.rank),
-        }
+        return {f"{self.path}_lora_{p}": self.layout.leaf_shape(p, self.rank) for p in self.parts}
 
     def wasteful(self) -> bool:
         """Whether the rank is above the kernel's smaller side, so that BA needs no such rank."""

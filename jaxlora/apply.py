@@ -15,10 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlora import layers, tree
+from jaxlora import dora, layers, tree
 from jaxlora.adapter import Adapter, Site, check_base, check_leaves
 from jaxlora.branch import branch, dropped
 from jaxlora.errors import AdapterError, LoraError, ModelError
+from jaxlora.layout import Part
 
 Array = jax.Array
 BOUND = "_lora"
@@ -36,6 +37,7 @@ class Factors:
 
     a: Array
     b: Array
+    m: Array | None  # DoRA's magnitudes
     key: Array | None  # the dropout key's data, one a slice; None without dropout
     site: Site = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True})
@@ -106,9 +108,17 @@ def lora_apply(
         if factors.key is not None and not linear.lookup:
             mask_key = _mask_key(factors, factors.key, context.module, calls)
             linear = dataclasses.replace(linear, x=dropped(mask_key, factors.dropout, linear.x))
-        a, b = (_core(factors, part) for part in ("a", "b"))
-        b = factors.site.layout.spread(b)
-        return y + branch(factors.site, linear, a, b, y.dtype)
+        site, a = factors.site, _core(factors, "a")
+        b = site.layout.spread(_core(factors, "b"))
+        low = branch(site, linear, a, b, y.dtype)
+        if not site.dora:
+            return y + low
+        kernel, bias = (
+            tree.unboxed(context.module.get_variable("params", name))
+            for name in (linear.param, linear.bias)
+        )
+        by = dora.ratio(site, kernel, a, b, _core(factors, "m"))
+        return dora.output(linear, site, y, low, by, bias)
 
     with nn.intercept_methods(intercept):
         out = model.apply(joint, *args, rngs=rngs, mutable=mutable, **kwargs)
@@ -158,8 +168,8 @@ def _bind(params: tree.Tree, adapter: Adapter, key: Array | None) -> tree.Tree:
 
     def factors(site: Site) -> Factors:
         data, impl = (None, "") if key is None or not rate else _key_data(site, key)
-        a, b = (leaves[f"{site.path}_lora_{part}"] for part in "ab")
-        return Factors(a, b, data, site, rate, impl)
+        a, b, m = (leaves.get(f"{site.path}_lora_{part}") for part in "abm")
+        return Factors(a, b, m, data, site, rate, impl)  # type: ignore[arg-type]
 
     bound = tree.nested({site.path + BOUND: factors(site) for site in adapter.spec.sites})
     return tree.union(tree.map_leaves(trained, params), bound)
@@ -189,9 +199,9 @@ def _mask_key(factors: Factors, data: Array, module: nn.Module, calls: int) -> A
     return key
 
 
-def _core(factors: Factors, part: Any) -> Array:
+def _core(factors: Factors, part: Part) -> Array:
     """A factor as the branch wants it, from its slice as the module's scope holds it."""
-    site, leaf = factors.site, factors.a if part == "a" else factors.b
+    site, leaf = factors.site, getattr(factors, part)
     expected = site.layout.slice_shape(part, site.rank)
     if leaf.shape != expected:
         raise LoraError(

@@ -47,6 +47,7 @@ class LoraConfig:
         `c_attn`: `{"c_attn": (True, False, True)}` adapts q and v only, each with `rank` rows of A
         of its own (loralib's MergedLinear). The blocks are an output axis of the mask's length if
         there is one, such as (in, 3, heads, dim), or else equal parts of the last.
+      dora: train each kernel's magnitude beside its direction (Liu et al. 2024).
       param_dtype: dtype of the trained leaves. They are cast to the layer's dtype for computing.
 
     Raises:
@@ -71,6 +72,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] | Iterable[tuple[str, int]] = ()
     alpha_pattern: Mapping[str, float] | Iterable[tuple[str, float]] = ()
     fused: Mapping[str, Iterable[bool]] | Iterable[tuple[str, Iterable[bool]]] = ()
+    dora: bool = False
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -83,6 +85,7 @@ class LoraConfig:
             "modules_to_save": _patterns("modules_to_save", self.modules_to_save),
             "bias": _choice("bias", self.bias, BIAS_MODES),
             "rslora": _bool("rslora", self.rslora),
+            "dora": _bool("dora", self.dora),
             "rank_pattern": _pattern_values("rank_pattern", self.rank_pattern, _rank),
             "alpha_pattern": _pattern_values("alpha_pattern", self.alpha_pattern, _alpha),
             "fused": _pattern_values("fused", self.fused, _mask),

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlora import tree
+from jaxlora import dora, tree
 from jaxlora.adapter import Adapter, Site, Spec, boxed_like
 from jaxlora.config import LoraConfig
 from jaxlora.errors import AdapterError, ConfigError, nearest
@@ -74,6 +74,9 @@ def init_leaves(key: Array, params: tree.Tree, spec: Spec) -> Adapter:
             a, b = draw(site_key, site, dtype), jnp.zeros(shape_b, dtype)
         leaves[f"{site.path}_lora_a"] = layout.to_leaf(a, "a", site.rank)
         leaves[f"{site.path}_lora_b"] = layout.to_leaf(b, "b", site.rank)
+        if site.dora:
+            m = dora.norm(layout, _value(site.path, base[site.path])).astype(dtype)
+            leaves[f"{site.path}_lora_m"] = layout.to_leaf(m, "m", site.rank)
     for saved in spec.saved:
         leaves[f"{saved.path}_lora_w"] = _trained_copy(saved.path, base[saved.path], dtype)
     leaves = {path: boxed_like(base, spec, path, leaf) for path, leaf in leaves.items()}
@@ -128,12 +131,17 @@ def _shape(site: Site) -> tuple[int, ...]:
     return (*site.layout.sizes("s"), *site.layout.core_shape("a", site.rank))
 
 
-def _trained_copy(path: str, base: Any, dtype: Any) -> Any:
+def _value(path: str, base: Any) -> Any:
     value = tree.unboxed(base)
     if not isinstance(value, jax.Array) and not hasattr(value, "__array__"):
         raise AdapterError(
-            f"{path} is trained in full and starts as the base's value, but that is a "
-            f"{type(value).__name__}, expected an array. Pass concrete variables."
+            f"The adapter starts from the value of {path}, but that is a {type(value).__name__}, "
+            "expected an array. Pass concrete variables."
         )
+    return value
+
+
+def _trained_copy(path: str, base: Any, dtype: Any) -> Any:
+    value = _value(path, base)
     # A copy: the step donates the adapter's buffers, and must not take the base's with them.
     return jnp.array(value, dtype, copy=True)

@@ -33,6 +33,7 @@ class Linear:
       x: the input.
       run: for a map that is no einsum, as a convolution: the map of (x, kernel) itself, for kernels
         with any number of outputs. `roles` must be given then, and `equation` is not used.
+      bias: the name of the bias in the module's scope, if there is one.
       groups: how often `run` repeats its outputs, once for each group of the input's channels.
       roles: the role of each of the kernel's axes (see `KernelLayout`), where the equation does
         not tell: a table that is looked up one way and attended to the other keeps one.
@@ -46,6 +47,7 @@ class Linear:
     precision: Any = None
     run: Callable[[Array, Array], Array] | None = None
     groups: int = 1
+    bias: str = "bias"
 
     @property
     def lookup(self) -> bool:

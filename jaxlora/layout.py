@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
-Part = Literal["a", "b", "key"]
+Part = Literal["a", "b", "m", "key"]
 _RANK, _PAD = "rank", "pad"
 
 
@@ -172,9 +172,10 @@ class KernelLayout:
         return self.shape[label] // (len(self.blocks) if fused else 1)
 
     def _canonical(self, part: Part) -> list[int | str]:
-        own = {"a": self.axes("i"), "b": self.axes("o"), "key": ()}[part]
+        own = {"a": "i", "b": "o", "m": "o", "key": ""}[part]
         batch = () if part == "key" else self.axes("b")
-        return [*self.axes("s"), *batch, _RANK, *own]
+        rank = [] if part == "m" else [_RANK]
+        return [*self.axes("s"), *batch, *rank, *self.axes(own)]
 
     def _labels(self, part: Part) -> list[int | str]:
         stacked = self.axes("s")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import tree
+from jaxlora import dora, tree
 from jaxlora.adapter import Adapter, check_base, check_leaves
 from jaxlora.errors import AdapterError, listing
 from jaxlora.layout import KernelLayout
@@ -64,7 +64,7 @@ def unmerge(params: tree.Tree, adapter: Adapter, *, base: tree.Tree | None = Non
       params: merged params.
       adapter: the adapter that was merged.
       base: params that hold the original values of leaves that the adapter trained in full
-        (`modules_to_save`, `bias`): a merge overwrites them, no subtraction brings them back.
+        (`modules_to_save`, `bias`) or rescaled (`dora`): no subtraction brings them back.
 
     Returns:
       Params of the same structure.
@@ -74,6 +74,7 @@ def unmerge(params: tree.Tree, adapter: Adapter, *, base: tree.Tree | None = Non
     """
     _check_finite(adapter)
     saved = [leaf.path for leaf in adapter.spec.saved]
+    saved += [site.path for site in adapter.spec.sites if site.dora]
     if saved and base is None:
         raise AdapterError(
             f"unmerge cannot bring back what the merge overwrote: {listing(saved)}. Expected "
@@ -102,9 +103,9 @@ def _fold(
             value = jnp.array(leaves[f"{path}_lora_w"], kernel.dtype, copy=True)
         elif path in sites:
             site = sites[path]
-            a, b = leaves[f"{path}_lora_a"], leaves[f"{path}_lora_b"]
+            factors = {part: leaves[f"{path}_lora_{part}"] for part in site.parts}
             to = jnp.dtype(kernel.dtype if dtype is None else dtype)
-            value = add(kernel, a, b, sign * site.scaling, site.layout, site.rank, to)
+            value = add(kernel, factors, sign * site.scaling, site.layout, site.rank, to)
         else:
             return leaf
         return leaf.replace_boxed(value) if tree.is_box(leaf) else value
@@ -113,15 +114,24 @@ def _fold(
 
 
 def _fold_kernel(
-    kernel: Array, a: Array, b: Array, scaling: float, layout: KernelLayout, rank: int, dtype: Any
+    kernel: Array,
+    factors: dict[str, Array],
+    scaling: float,
+    layout: KernelLayout,
+    rank: int,
+    dtype: Any,
 ) -> Array:
     wide = jnp.promote_types(jnp.float32, kernel.dtype)
-    return (kernel.astype(wide) + scaling * layout.delta(a, b, rank, wide)).astype(dtype)
+    delta = layout.delta(factors["a"], factors["b"], rank, wide)
+    folded = kernel.astype(wide) + scaling * delta
+    if "m" in factors:
+        folded = dora.rescaled(layout, folded, layout.from_leaf(factors["m"], "m", rank))
+    return folded.astype(dtype)
 
 
 # The scaling is traced: kernels of one layout share a program whatever their alpha.
-_add = jax.jit(_fold_kernel, static_argnums=(4, 5, 6))
-_add_donating = jax.jit(_fold_kernel, static_argnums=(4, 5, 6), donate_argnums=0)
+_add = jax.jit(_fold_kernel, static_argnums=(3, 4, 5))
+_add_donating = jax.jit(_fold_kernel, static_argnums=(3, 4, 5), donate_argnums=0)
 
 
 @jax.jit

@@ -140,9 +140,14 @@ def _site(path: str, use: Use, leaf: Any, config: LoraConfig) -> Site:
     blocks = pattern_value("fused", config.fused, path, ())
     if blocks:
         layout = _fused(layout, blocks, path)
+        if config.dora:
+            raise TargetError(
+                f"fused and dora both apply to {path}, expected one: trained magnitudes would "
+                "change the blocks that are left out."
+            )
     rank = pattern_value("rank_pattern", config.rank_pattern, path, config.rank)
     alpha = pattern_value("alpha_pattern", config.alpha_pattern, path, config.alpha)
-    return Site(path, use.kind, layout, rank, config.scaling(rank, alpha), use.lookup)
+    return Site(path, use.kind, layout, rank, config.scaling(rank, alpha), use.lookup, config.dora)
 
 
 def _fused(layout: KernelLayout, blocks: tuple[bool, ...], path: str) -> KernelLayout:

@@ -110,6 +110,18 @@ def test_apply_equals_merged_under_any_config(case, options):
     check_apply_equals_merged(*fresh(case, **options), case)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", "scan_axis_1", "vmap_in_scan", "attention", "dense_general_batched", "einsum", "conv"],
+)
+def test_dora_starts_as_the_base_and_equals_merged(name):
+    case = CASES[name]
+    variables, adapter = fresh(case, dora=True)
+    # Not bit for bit: m / n is 1 up to the rounding of two norms.
+    assert_close(apply(case, variables, adapter), base(case, variables))
+    check_apply_equals_merged(variables, adapter, case)
+
+
 def check_apply_equals_merged(variables, adapter, case):
     adapter = trained(adapter)
     unmerged = apply(case, variables, adapter)
