@@ -143,8 +143,8 @@ def rule_for(method: Callable) -> Rule | None:
 
 
 def registered_types() -> list[str]:
-    """The names of the registered methods, for messages."""
-    return sorted({rule.__qualname__.split(".")[0] for rule in _RULES})
+    """The names of the registered classes, for messages."""
+    return sorted({method.__qualname__.split(".")[-2].lstrip("_") for method in _RULES})
 
 
 @register(nn.Dense)

@@ -1,5 +1,7 @@
 """The registry: a user's own modules, and what cannot be reached."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,10 @@ class Model(nn.Module):
         return nn.Dense(2, name="head")(grouped.backward(nn.tanh(grouped(x, scale=0.5))))
 
 
+def plain(model, params, x) -> Any:
+    return model.apply({"params": params}, x)
+
+
 def registered():
     @jl.register(Grouped)
     def grouped(module, x, scale=1.0):
@@ -51,10 +57,10 @@ def registered():
         return jl.Linear("weight", "bgo,ogi->bgi", y, roles="obi")
 
 
-def made(key=0, **options):
+def made(key=0):
     model, x = Model(), jax.random.normal(jax.random.key(9), (2, 3, 4))
     variables = model.init(jax.random.key(key), x)
-    config = jl.LoraConfig(**({"rank": 2, "targets": ["grouped", "head"]} | options))
+    config = jl.LoraConfig(rank=2, targets=["grouped", "head"])
     adapter = jl.lora_init(jax.random.key(1), model, variables, config, x)
     moved = jax.tree.map(lambda p: p + 0.3 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), adapter)
     return model, x, variables, moved
@@ -76,7 +82,7 @@ def test_a_users_module_runs_as_its_merged_weights_in_both_of_its_methods():
     model, x, variables, adapter = made()
     got = jl.lora_apply(model, variables, adapter, x)
     merged = jl.merge(variables["params"], adapter)
-    np.testing.assert_allclose(got, model.apply({"params": merged}, x), 1e-5, 1e-5)
+    np.testing.assert_allclose(got, plain(model, merged, x), 1e-5, 1e-5)
     assert np.abs(got - model.apply(variables, x)).max() > 1e-2
     a, b = (np.asarray(adapter.params["grouped"][f"weight_lora_{part}"]) for part in "ab")
     delta = adapter.spec.sites[0].scaling * np.einsum("gri,gro->ogi", a, b)
@@ -93,7 +99,7 @@ def test_gradients_through_a_users_module_are_those_of_its_merged_weights():
 
     def through_merge(adapter):
         merged = jl.merge(variables["params"], adapter)
-        return jnp.sum(jnp.sin(model.apply({"params": merged}, x)))
+        return jnp.sum(jnp.sin(plain(model, merged, x)))
 
     got, expected = jax.grad(through_apply)(adapter), jax.grad(through_merge)(adapter)
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, 1e-5, 1e-5), got, expected)
@@ -104,7 +110,7 @@ def test_a_module_that_is_not_registered_is_reported_with_what_there_is():
     with pytest.raises(
         TargetError,
         match=r"grouped/weight is a target, but Grouped is no layer that can be adapted. There is: "
-        r"Dense, DenseGeneral, Einsum, Embed.*register a rule",
+        r".*Dense, DenseGeneral, Einsum, Embed.*register a rule",
     ):
         made()
 
@@ -156,7 +162,7 @@ def test_registering_an_inherited_method_is_an_error():
     class Named(nn.Dense):
         pass
 
-    with pytest.raises(LoraError, match=r"Named defines no method '__call__'. *|so no rule"):
+    with pytest.raises(LoraError, match=r"Named defines no method '__call__', so no rule"):
         jl.register(Named)
 
 
@@ -191,5 +197,5 @@ def test_a_table_of_one_row_answers_with_it_whatever_the_index():
     adapter = jax.tree.map(lambda p: p + 0.5, adapter)
     got = jl.lora_apply(model, variables, adapter, ids)
     merged = jl.merge(variables["params"], adapter)
-    np.testing.assert_allclose(got, model.apply({"params": merged}, ids), 1e-5, 1e-5)
+    np.testing.assert_allclose(got, plain(model, merged, ids), 1e-5, 1e-5)
     assert np.abs(got - model.apply(variables, ids)).min() > 1e-2

@@ -8,8 +8,8 @@ Run where torch and peft are installed (torch 2.13.0, peft 0.21.2 made the file 
 from pathlib import Path
 
 import numpy as np
-import torch
-from peft import LoraConfig, get_peft_model
+import torch  # pyright: ignore[reportMissingImports]
+from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
 
 
 class Net(torch.nn.Module):
