@@ -32,6 +32,7 @@ ORDER = [
     "joint",
     "checkpoint",
     "train",
+    "algebra",
 ]
 OPTIONAL = (
     "transformers",
