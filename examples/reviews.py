@@ -10,6 +10,7 @@ training on two CPU cores.
 """
 
 import dataclasses
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from jaxlora.datasets import load_reviews
 from jaxlora.fetch import fetch
 from jaxlora.models import bert
 
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it only tokenizes here
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
