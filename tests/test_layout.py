@@ -4,6 +4,7 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -143,3 +144,21 @@ def test_a_delta_is_computed_in_the_dtype_asked_for():
     narrow = layout.delta(jax.numpy.asarray(a, "bfloat16"), b, 2, "bfloat16")
     assert narrow.dtype == jax.numpy.bfloat16
     np.testing.assert_allclose(wide, np.einsum("ri,ro->io", a, b), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "blocks", [(True, False, True), (False, True, False), (False, False, True)]
+)
+def test_a_fused_kernels_left_out_blocks_have_a_delta_of_exactly_zero(blocks):
+    layout = KernelLayout((5, 6), "io", blocks=blocks, block_axis=1)
+    a = np.random.default_rng(0).normal(size=layout.leaf_shape("a", 2)).astype(np.float32)
+    b = np.random.default_rng(1).normal(size=layout.leaf_shape("b", 2)).astype(np.float32)
+    delta = np.asarray(layout.delta(jnp.asarray(a), jnp.asarray(b), 2)).reshape(5, 3, 2)
+    expected, row = np.zeros((5, 3, 2), np.float32), 0
+    for block, on in enumerate(blocks):
+        if on:  # two rows of A and B for each adapted block, in order
+            expected[:, block] = a[row : row + 2].T @ b[row : row + 2]
+            row += 2
+        else:
+            np.testing.assert_array_equal(delta[:, block], 0)
+    np.testing.assert_allclose(delta, expected, 1e-5, 1e-5)
