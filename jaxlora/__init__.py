@@ -10,7 +10,7 @@ from jaxlora.checkpoint import save_adapter as save_adapter
 from jaxlora.config import LoraConfig as LoraConfig
 from jaxlora.errors import LoraError as LoraError
 from jaxlora.init import lora_init as lora_init
-from jaxlora.init import register_init as register_init
+from jaxlora.initializers import register_init as register_init
 from jaxlora.joint import combine as combine
 from jaxlora.joint import lora_mask as lora_mask
 from jaxlora.joint import lora_optimizer as lora_optimizer

@@ -3,16 +3,17 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlora import tree
 from jaxlora.config import LoraConfig
 from jaxlora.errors import AdapterError, listing, nearest
-from jaxlora.layout import KernelLayout, Part
+from jaxlora.layout import KernelLayout
 
 Array = jax.Array
 
@@ -30,6 +31,11 @@ class Site:
       lookup: whether it is a table indexed by integers, as an embedding is. Such a site starts
         with A zero and B random, and has no dropout (as in loralib and PEFT).
       dora: whether the kernel's magnitude is trained too, as the leaf m.
+      keeps_start: whether the factors as they start are kept as frozen leaves, a0 and b0, and their
+        product is taken off the update (PiSSA, OLoRA).
+      freeze_a: whether A stays as it starts, a frozen leaf a0 (LoRA-FA).
+      weights: whether the update is added to the kernel itself, before the model runs, since no
+        rule serves the layer.
     """
 
     path: str
@@ -39,15 +45,33 @@ class Site:
     scaling: float
     lookup: bool = False
     dora: bool = False
+    keeps_start: bool = False
+    freeze_a: bool = False
+    weights: bool = False
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        """The names of its leaves."""
-        return ("a", "b", "m") if self.dora else ("a", "b")
+    def trained(self) -> tuple[str, ...]:
+        """The names of its trained leaves."""
+        return (*(() if self.freeze_a else ("a",)), "b", *(("m",) if self.dora else ()))
 
-    def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{path: shape} of the leaves in the adapter's tree."""
-        return {f"{self.path}_lora_{p}": self.layout.leaf_shape(p, self.rank) for p in self.parts}
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The names of its frozen leaves."""
+        return (
+            *(("a0",) if self.freeze_a or self.keeps_start else ()),
+            *(("b0",) if self.keeps_start else ()),
+        )
+
+    def leaf_shapes(self, parts: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """{path: shape} of some of its leaves."""
+        return {
+            f"{self.path}_lora_{p}": self.layout.leaf_shape(p[0], self.rank)  # type: ignore[arg-type]
+            for p in parts
+        }
+
+    def leaves(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """{part: leaf} of this site, from {path: leaf} of the adapter."""
+        return {p: values[f"{self.path}_lora_{p}"] for p in (*self.trained, *self.frozen)}
 
     def wasteful(self) -> bool:
         """Whether the rank is above the kernel's smaller side, so that BA needs no such rank."""
@@ -56,10 +80,42 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class SavedLeaf:
-    """A leaf of the base that is trained in full: `path` is replaced by `<path>_lora_w`."""
+    """A leaf of the base that is trained in full, or some rows of it.
+
+    Attributes:
+      path: the leaf; `<path>_lora_w` replaces it, or `<path>_lora_t` some of its rows.
+      shape: the shape of the base's leaf.
+      rows: the rows of a table that are trained, all of the leaf if there are none.
+      axis: the table's axis that they are rows of.
+    """
 
     path: str
     shape: tuple[int, ...]
+    rows: tuple[int, ...] = ()
+    axis: int = 0
+
+    @property
+    def leaf_path(self) -> str:
+        """The path of the trained leaf."""
+        return f"{self.path}_lora_{'t' if self.rows else 'w'}"
+
+    @property
+    def leaf_shape(self) -> tuple[int, ...]:
+        """The shape of the trained leaf."""
+        if not self.rows:
+            return self.shape
+        return (*self.shape[: self.axis], len(self.rows), *self.shape[self.axis + 1 :])
+
+    def taken(self, base: Any) -> Any:
+        """The values of the base that the trained leaf replaces."""
+        return jnp.take(base, np.array(self.rows), self.axis) if self.rows else base
+
+    def put(self, base: Any, leaf: Any) -> Any:
+        """The base's leaf with the trained values in place, in the base's dtype."""
+        if not self.rows:
+            return leaf.astype(base.dtype)
+        at = (*[slice(None)] * self.axis, np.array(self.rows))
+        return jnp.asarray(base).at[at].set(leaf.astype(base.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +141,14 @@ class Spec:
 
     @functools.cached_property
     def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{path: shape} of every leaf of an adapter with this spec."""
-        shapes = {p: s for site in self.sites for p, s in site.leaf_shapes().items()}
-        return shapes | {f"{leaf.path}_lora_w": leaf.shape for leaf in self.saved}
+        """{path: shape} of every trained leaf of an adapter with this spec."""
+        shapes = {p: s for site in self.sites for p, s in site.leaf_shapes(site.trained).items()}
+        return shapes | {leaf.leaf_path: leaf.leaf_shape for leaf in self.saved}
+
+    @functools.cached_property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{path: shape} of every leaf that is kept and never trained."""
+        return {p: s for site in self.sites for p, s in site.leaf_shapes(site.frozen).items()}
 
     @functools.cached_property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -98,8 +159,11 @@ class Spec:
     def abstract(self) -> "Adapter":
         """The adapter with a ShapeDtypeStruct for every leaf."""
         dtype = self.config.param_dtype
-        leaves = {p: jax.ShapeDtypeStruct(s, dtype) for p, s in self.leaf_shapes.items()}
-        return Adapter(tree.nested(leaves), self)
+        trained, frozen = (
+            tree.nested({p: jax.ShapeDtypeStruct(s, dtype) for p, s in shapes.items()})
+            for shapes in (self.leaf_shapes, self.frozen_shapes)
+        )
+        return Adapter(trained, self, frozen)
 
 
 @jax.tree_util.register_dataclass
@@ -107,40 +171,47 @@ class Spec:
 class Adapter:
     """A partial params tree of LoRA leaves, with its spec: a pytree like any other.
 
-    `jax.grad`, `jax.tree.map`, optax, `vmap`, `pmap` and donation act on the leaves.
+    `jax.grad`, `jax.tree.map`, `vmap`, `pmap` and donation act on the leaves. What optax gets is
+    `params`: weight decay on all of the adapter would wear the frozen leaves away.
 
     Attributes:
-      params: the leaves, nested as the base is: `kernel_lora_a` beside the place of `kernel`.
+      params: the trained leaves, nested as the base is: `kernel_lora_a` beside the place of
+        `kernel`.
       spec: what each leaf adapts; static.
+      frozen: leaves that the update needs and that are never trained: the factors as they start
+        under PiSSA and OLoRA, and A under `freeze_a`. Empty otherwise. Their gradient is zero.
     """
 
     params: Any
     spec: Spec = dataclasses.field(metadata={"static": True})
+    frozen: Any = dataclasses.field(default_factory=dict)
 
-
-def leaf_of(adapter_leaves: Mapping[str, Any], path: str) -> Any:
-    """The unboxed LoRA leaf at `path`, or an AdapterError that says what there is."""
-    if path not in adapter_leaves:
-        raise AdapterError(
-            f"The adapter has no leaf {path}, expected by its spec. "
-            f"Nearest: {listing(nearest(path, adapter_leaves)) or 'it has no leaves'}."
-        )
-    return tree.unboxed(adapter_leaves[path])
+    def values(self) -> dict[str, Any]:
+        """{path: unboxed leaf} of all leaves, trained and frozen."""
+        return tree.values(self.params) | tree.values(self.frozen)
 
 
 def check_leaves(adapter: Adapter) -> None:
     """Raises AdapterError unless the leaves are those of the spec, with its shapes."""
-    leaves = tree.flat(adapter.params)
-    for path, shape in adapter.spec.leaf_shapes.items():
-        found = jnp.shape(leaf_of(leaves, path))
-        if found != shape:
-            raise AdapterError(
-                f"Adapter leaf {path} has shape {found}, expected {shape}. "
-                "An adapter with a leading axis belongs under `jax.vmap`."
-            )
-    extra = sorted(set(leaves) - set(adapter.spec.leaf_shapes))
-    if extra:
-        raise AdapterError(f"The adapter holds leaves that its spec lacks: {listing(extra)}.")
+    for what, leaves, shapes in (
+        ("leaf", tree.flat(adapter.params), adapter.spec.leaf_shapes),
+        ("frozen leaf", tree.flat(adapter.frozen), adapter.spec.frozen_shapes),
+    ):
+        for path, shape in shapes.items():
+            if path not in leaves:
+                raise AdapterError(
+                    f"The adapter has no {what} {path}, expected by its spec. "
+                    f"Nearest: {listing(nearest(path, leaves)) or 'it has no leaves'}."
+                )
+            found = jnp.shape(tree.unboxed(leaves[path]))
+            if found != shape:
+                raise AdapterError(
+                    f"Adapter {what} {path} has shape {found}, expected {shape}. "
+                    "An adapter with a leading axis belongs under `jax.vmap`."
+                )
+        extra = sorted(set(leaves) - set(shapes))
+        if extra:
+            raise AdapterError(f"The adapter holds leaves that its spec lacks: {listing(extra)}.")
 
 
 def check_base(params: tree.Tree, spec: Spec) -> None:
@@ -158,7 +229,7 @@ def check_base(params: tree.Tree, spec: Spec) -> None:
                     else "The adapter belongs to another model."
                 )
             )
-        found = jnp.shape(tree.unboxed(leaves[path]))
+        found = tree.aval(leaves[path]).shape
         if found != shape:
             raise AdapterError(
                 f"Param {path} has shape {found}, the adapter expects {shape}. "
@@ -182,9 +253,9 @@ def boxed_like(base: Mapping[str, Any], spec: Spec, path: str, leaf: Any) -> Any
     box = base[adapted]
     if not tree.is_box(box):
         return leaf
-    if part == "w" or not hasattr(box, "names"):
+    if part in "wt" or not hasattr(box, "names"):
         return box.replace_boxed(leaf)
-    axes = next(s for s in spec.sites if s.path == adapted).layout.leaf_axes(part)  # type: ignore[arg-type]
+    axes = next(s for s in spec.sites if s.path == adapted).layout.leaf_axes(part[0])  # type: ignore[arg-type]
     return box.replace_boxed(leaf).replace(
         names=tuple(None if axis is None else box.names[axis] for axis in axes)
     )
@@ -208,8 +279,9 @@ def summary(params: tree.Tree, adapter: Adapter) -> str:
     """
     check_base(params, adapter.spec)
     trainable = tree.size(adapter.params)
-    replaced = sum(math.prod(leaf.shape) for leaf in adapter.spec.saved)
-    total = tree.size(params) + trainable - replaced
+    replaced = sum(math.prod(leaf.leaf_shape) for leaf in adapter.spec.saved)
+    base = sum(tree.aval(x).size for _, x in tree.items(params))
+    total = base + trainable + tree.size(adapter.frozen) - replaced
     return (
         f"trainable params: {trainable:,} || all params: {total:,} || "
         f"trainable%: {100 * trainable / total:.4f}"

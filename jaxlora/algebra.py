@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import tree
+from jaxlora import fold, tree
 from jaxlora.adapter import Adapter, Site, Spec, check_leaves
 from jaxlora.errors import AdapterError, ConfigError, listing
+from jaxlora.layout import KernelLayout
 
 Array = jax.Array
 _Factors = tuple[Array, Array]  # (*stack, *batch, blocks, rank, ...) each; blocks is 1 unless fused
@@ -26,7 +27,7 @@ def delta(adapter: Adapter) -> dict[str, Array]:
     leaves = _leaves(adapter, "delta")
     return {
         site.path: site.scaling
-        * site.layout.delta(leaves[f"{site.path}_lora_a"], leaves[f"{site.path}_lora_b"], site.rank)
+        * fold.delta(site.layout, site.rank, site.leaves(leaves), jnp.float32)
         for site in adapter.spec.sites
     }
 
@@ -39,11 +40,22 @@ def scale(adapter: Adapter, by: float | Array) -> Adapter:
         scale without the base.
     """
     _leaves(adapter, "scale")
+    if any(site.keeps_start for site in adapter.spec.sites):
+        adapter = ordinary(adapter)
 
     def leaf(path: str, x: Any) -> Any:
         return jax.tree.map(lambda x: x * jnp.asarray(by, x.dtype), x) if path[-1] == "b" else x
 
     return dataclasses.replace(adapter, params=tree.map_leaves(leaf, adapter.params))
+
+
+def ordinary(adapter: Adapter) -> Adapter:
+    """The same update as a LoRA that keeps no starting factors, for the same base; exact.
+
+    What starts with a product that is not zero (PiSSA, OLoRA) has twice the rank then: the
+    factors, and the starting ones taken off. The scaling is folded into B.
+    """
+    return add(adapter)
 
 
 def add(*adapters: Adapter) -> Adapter:
@@ -88,7 +100,7 @@ def add(*adapters: Adapter) -> Adapter:
                     f"{path} is a kernel of layout {first.layout} for one adapter and "
                     f"{site.layout} for another, expected adapters of one base."
                 )
-        axis = len(first.layout.axes("s") + first.layout.axes("b")) + 1
+        axis = first.layout.rank_axis + 1
         a, b = (jnp.concatenate(xs, axis) for xs in zip(*(f for _, f in found), strict=True))
         together[path] = (first, (a, b))
     return _adapter(adapters[0].spec, together)
@@ -139,20 +151,19 @@ def truncate(adapter: Adapter, *, rank: int | None = None, energy: float | None 
     kept = {}
     for site in adapter.spec.sites:
         u, s, v = _svd(site, _factors(site, leaves))
-        keep = min(rank, site.rank) if rank is not None else _needed(np.asarray(s), energy or 1.0)
+        most = s.shape[-1]
+        keep = min(rank, most) if rank is not None else _needed(np.asarray(s), energy or 1.0)
         root = jnp.sqrt(s[..., :keep])[..., None]
         layout, lead = site.layout, s.shape[:-1]
         a = (root * v[..., :keep, :]).reshape(*lead, keep, *layout.sizes("i"))
-        b = (root * u[..., :keep, :]).reshape(
-            *lead, keep, *layout.core_shape("b", 1)[_start(site) :]
-        )
+        b = (root * u[..., :keep, :]).reshape(*lead, keep, *_own_outputs(layout))
         kept[site.path] = (site, (a, b))
     return _adapter(adapter.spec, kept)
 
 
-def _start(site: Site) -> int:
-    """Where the outputs begin in the core shape of B."""
-    return len(site.layout.axes("b")) + 1
+def _own_outputs(layout: KernelLayout) -> tuple[int, ...]:
+    """The outputs of B: of one block where the kernel is fused."""
+    return layout.core_shape("b", 1)[len(layout.axes("b")) + 1 :]
 
 
 def _needed(s: np.ndarray, energy: float) -> int:
@@ -164,7 +175,7 @@ def _needed(s: np.ndarray, energy: float) -> int:
 
 def _svd(site: Site, factors: _Factors) -> tuple[Array, Array, Array]:
     """Of each update: left vectors (…, rank, outputs), values, right vectors (…, rank, inputs)."""
-    lead = len(site.layout.axes("s") + site.layout.axes("b")) + 2
+    lead = site.layout.rank_axis + 2
     a, b = (x.reshape(*x.shape[:lead], -1).astype(jnp.float32) for x in factors)
     with jax.default_matmul_precision("highest"):
         qa, ra = jnp.linalg.qr(jnp.swapaxes(a, -1, -2))  # (…, inputs, k), (…, k, rank)
@@ -183,18 +194,21 @@ def _leaves(adapter: Adapter, what: str) -> dict[str, Any]:
             f"{what} takes updates of kernels only, but the adapter also has magnitudes or leaves "
             f"trained in full: {listing(other)}. Merge it instead, or leave them out of the config."
         )
-    return {path: tree.unboxed(x) for path, x in tree.items(adapter.params)}
+    return adapter.values()
 
 
 def _factors(site: Site, leaves: Mapping[str, Array]) -> _Factors:
-    """A and B as (*stack, *batch, blocks, rank, …)."""
-    lead = len(site.layout.axes("s") + site.layout.axes("b"))
+    """A and B as (*stack, *batch, blocks, rank, …), starting factors included."""
+    layout, at = site.layout, site.layout.rank_axis
 
-    def by_block(part: Any) -> Array:
-        x = site.layout.from_leaf(leaves[f"{site.path}_lora_{part}"], part, site.rank)
-        return x.reshape(*x.shape[:lead], -1, site.rank, *x.shape[lead + 1 :])
+    def by_block(part: Any, leaf: Array) -> Array:
+        x = layout.from_leaf(leaf, part, site.rank)
+        return x.reshape(*x.shape[:at], -1, site.rank, *x.shape[at + 1 :])
 
-    return by_block("a"), by_block("b")
+    found = fold.terms(site.leaves(leaves))
+    return fold.joined(
+        [fold.Term(t.sign, by_block("a", t.a), by_block("b", t.b)) for t in found], at + 1
+    )
 
 
 def _adapter(spec: Spec, found: Mapping[str, tuple[Site, _Factors]]) -> Adapter:
@@ -202,11 +216,19 @@ def _adapter(spec: Spec, found: Mapping[str, tuple[Site, _Factors]]) -> Adapter:
     sites, leaves, ranks = [], {}, {}
     dtype = spec.config.param_dtype
     for path, (site, factors) in sorted(found.items()):
-        axis = len(site.layout.axes("s") + site.layout.axes("b")) + 1
-        rank = ranks[re.escape(path)] = factors[0].shape[axis]
-        sites.append(dataclasses.replace(site, rank=rank, scaling=1.0))
+        at = site.layout.rank_axis
+        rank = ranks[re.escape(path)] = factors[0].shape[at + 1]
+        site = dataclasses.replace(site, rank=rank, scaling=1.0, keeps_start=False, freeze_a=False)
+        sites.append(site)
         for part, x in zip(("a", "b"), factors, strict=True):
-            rows = x.reshape(*x.shape[: axis - 1], -1, *x.shape[axis + 1 :]).astype(dtype)
+            rows = x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :]).astype(dtype)
             leaves[f"{path}_lora_{part}"] = site.layout.to_leaf(rows, part, rank)
-    config = dataclasses.replace(spec.config, rslora=False, rank_pattern=ranks, alpha_pattern=ranks)
+    config = dataclasses.replace(
+        spec.config,
+        init="kaiming",
+        freeze_a=False,
+        rslora=False,
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+    )
     return Adapter(tree.nested(leaves), Spec(config, tuple(sites)))

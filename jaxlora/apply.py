@@ -17,9 +17,10 @@ import jax.numpy as jnp
 
 from jaxlora import dora, layers, tree
 from jaxlora.adapter import Adapter, Site, check_base, check_leaves
-from jaxlora.branch import branch, dropped
+from jaxlora.branch import branch, dropped, with_rows
 from jaxlora.errors import AdapterError, LoraError, ModelError
-from jaxlora.layout import Part
+from jaxlora.fold import Term, fold, joined, terms
+from jaxlora.layers import Linear
 
 Array = jax.Array
 BOUND = "_lora"
@@ -35,13 +36,20 @@ class Factors:
     alone never share what `nn.jit` has cached.
     """
 
-    a: Array
-    b: Array
-    m: Array | None  # DoRA's magnitudes
+    leaves: dict[str, Array]  # {part: leaf}
     key: Array | None  # the dropout key's data, one a slice; None without dropout
     site: Site = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True})
     key_impl: str = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Rows:
+    """The trained rows of a table as they stand beside it during a call."""
+
+    values: Array
+    rows: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
 def lora_apply(
@@ -101,31 +109,21 @@ def lora_apply(
         if rule is None:
             return y
         linear = rule(context.module, *args, **kwargs)
-        factors = context.module.get_variable("params", linear.param + BOUND)
-        if factors is None:
+        beside = context.module.get_variable("params", linear.param + BOUND)
+        if isinstance(beside, Rows):
+            return with_rows(linear, y, beside.values, beside.rows)
+        if beside is None:
             return y
-        calls = fired[factors.site.path] = fired.get(factors.site.path, 0) + 1
-        if factors.key is not None and not linear.lookup:
-            mask_key = _mask_key(factors, factors.key, context.module, calls)
-            linear = dataclasses.replace(linear, x=dropped(mask_key, factors.dropout, linear.x))
-        site, a = factors.site, _core(factors, "a")
-        b = site.layout.spread(_core(factors, "b"))
-        low = branch(site, linear, a, b, y.dtype)
-        if not site.dora:
-            return y + low
-        kernel, bias = (
-            tree.unboxed(context.module.get_variable("params", name))
-            for name in (linear.param, linear.bias)
-        )
-        by = dora.ratio(site, kernel, a, b, _core(factors, "m"))
-        return dora.output(linear, site, y, low, by, bias)
+        fired[beside.site.path] = fired.get(beside.site.path, 0) + 1
+        return _adapted(beside, linear, y, context.module, fired[beside.site.path])
 
     with nn.intercept_methods(intercept):
         out = model.apply(joint, *args, rngs=rngs, mutable=mutable, **kwargs)
-    if adapter.spec.sites and not fired:
+    expected = [site for site in adapter.spec.sites if not site.weights]
+    if expected and not fired:
         raise AdapterError(
-            f"None of the {len(adapter.spec.sites)} adapted layers ran, expected at least one: "
-            f"the first is {adapter.spec.sites[0].path}. Does `method` run another part?"
+            f"None of the {len(expected)} adapted layers ran, expected at least one: "
+            f"the first is {expected[0].path}. Does `method` run another part?"
         )
     if mutable is False:
         return out
@@ -154,25 +152,53 @@ def _dropout_key(rngs: Any) -> Array | None:
     return rngs.get("dropout") if isinstance(rngs, Mapping) else None
 
 
+def _adapted(factors: Factors, linear: Linear, y: Array, module: nn.Module, calls: int) -> Array:
+    """The output of a layer with its update."""
+    site = factors.site
+    if factors.key is not None and not linear.lookup:
+        mask_key = _mask_key(factors, factors.key, module, calls)
+        linear = dataclasses.replace(linear, x=dropped(mask_key, factors.dropout, linear.x))
+    core = {part: _core(site, part, leaf) for part, leaf in factors.leaves.items()}
+    found = [Term(sign, a, site.layout.spread(b)) for sign, a, b in terms(core)]
+    low, *start = (branch(site, linear, term.a, term.b, y.dtype) for term in found)
+    for other in start:
+        low = low - other
+    if not site.dora:
+        return y + low
+    kernel, bias = (
+        tree.unboxed(module.get_variable("params", name)) for name in (linear.param, linear.bias)
+    )
+    a, b = joined(found, len(site.layout.axes("b")))
+    return dora.output(linear, site, y, low, dora.ratio(site, kernel, a, b, core["m"]), bias)
+
+
 def _bind(params: tree.Tree, adapter: Adapter, key: Array | None) -> tree.Tree:
     """The base with a `Factors` beside each adapted kernel and the trained leaves in place."""
-    leaves = {path: tree.unboxed(x) for path, x in tree.items(adapter.params)}
-    saved = {leaf.path for leaf in adapter.spec.saved}
-    rate = adapter.spec.config.dropout
+    values, spec, rate = adapter.values(), adapter.spec, adapter.spec.config.dropout
+    whole = {leaf.path: leaf for leaf in spec.saved if not leaf.rows}
+    in_weights = {site.path: site for site in spec.sites if site.weights}
 
-    def trained(path: str, base: Any) -> Any:
-        if path not in saved:
-            return base
-        value = leaves[f"{path}_lora_w"].astype(tree.unboxed(base).dtype)
-        return base.replace_boxed(value) if tree.is_box(base) else value
+    def in_place(path: str, leaf: Any) -> Any:
+        if path not in whole and path not in in_weights:
+            return leaf
+        base = tree.unboxed(leaf)
+        if path in whole:
+            value = whole[path].put(base, values[whole[path].leaf_path])
+        else:
+            site = in_weights[path]
+            leaves = site.leaves(values)
+            value = fold(base, leaves, site.scaling, site.layout, site.rank, base.dtype)
+        return leaf.replace_boxed(value) if tree.is_box(leaf) else value
 
     def factors(site: Site) -> Factors:
         data, impl = (None, "") if key is None or not rate else _key_data(site, key)
-        a, b, m = (leaves.get(f"{site.path}_lora_{part}") for part in "abm")
-        return Factors(a, b, m, data, site, rate, impl)  # type: ignore[arg-type]
+        return Factors(site.leaves(values), data, site, rate, impl)
 
-    bound = tree.nested({site.path + BOUND: factors(site) for site in adapter.spec.sites})
-    return tree.union(tree.map_leaves(trained, params), bound)
+    bound: dict[str, Any] = {s.path + BOUND: factors(s) for s in spec.sites if not s.weights}
+    for leaf in spec.saved:
+        if leaf.rows:
+            bound[leaf.path + BOUND] = Rows(values[leaf.leaf_path], leaf.rows)
+    return tree.union(tree.map_leaves(in_place, params), tree.nested(bound))
 
 
 def _key_data(site: Site, key: Array) -> tuple[Array, str]:
@@ -199,17 +225,17 @@ def _mask_key(factors: Factors, data: Array, module: nn.Module, calls: int) -> A
     return key
 
 
-def _core(factors: Factors, part: Part) -> Array:
+def _core(site: Site, part: str, leaf: Array) -> Array:
     """A factor as the branch wants it, from its slice as the module's scope holds it."""
-    site, leaf = factors.site, getattr(factors, part)
-    expected = site.layout.slice_shape(part, site.rank)
+    kind: Any = part[0]
+    expected = site.layout.slice_shape(kind, site.rank)
     if leaf.shape != expected:
         raise LoraError(
             f"{site.path}_lora_{part} reaches its layer with shape {leaf.shape}, expected "
             f"{expected}: something between them reshapes params, such as nn.map_variables. "
             "`exclude` this layer."
         )
-    return leaf.reshape(site.layout.core_shape(part, site.rank))
+    return leaf.reshape(site.layout.core_shape(kind, site.rank))
 
 
 def _without_factors(variables: Mapping[str, Any]) -> Any:

@@ -31,10 +31,7 @@ def branch(site: Site, linear: Linear, a: Array, b: Array, dtype: jnp.dtype) -> 
     if linear.run is not None:
         return _by_running(site, linear, a.astype(dtype), b.astype(dtype), dtype)
     x, kernel, out = linear.letters()
-    batch, inner, outer = (
-        "".join(c for c, r in zip(kernel, site.layout.roles, strict=True) if r == role)
-        for role in "bio"
-    )
+    batch, inner, outer = (site.layout.letters(role, kernel) for role in "bio")
     rank = next(c for c in "rstuvwxyzRSTUVWXYZ" if c not in x + kernel + out)
     a, b = a.astype(dtype), b.astype(dtype)
     if linear.lookup:
@@ -80,3 +77,21 @@ def dropped(key: Array, rate: float, x: Array) -> Array:
     """`x` with each element zero with probability `rate`, the others scaled to keep the mean."""
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def with_rows(linear: Linear, y: Array, values: Array, rows: tuple[int, ...]) -> Array:
+    """The output of a table some of whose rows have other values; the table is not copied.
+
+    Args:
+      linear: the use: a lookup, or the products of an input with every row.
+      y: the output with the table as it is.
+      values: (rows, width).
+      rows: which rows they replace.
+    """
+    if linear.lookup:
+        at = jnp.searchsorted(jnp.array(rows), linear.x)
+        at = jnp.minimum(at, len(rows) - 1)
+        hit = (jnp.array(rows)[at] == linear.x)[..., None]
+        return jnp.where(hit, values.astype(y.dtype)[at], y)
+    own = jnp.einsum("...d,nd->...n", linear.x, values.astype(y.dtype), precision=linear.precision)
+    return y.at[..., jnp.array(rows)].set(own.astype(y.dtype))

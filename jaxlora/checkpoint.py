@@ -80,7 +80,7 @@ def save_adapter(
         raise CheckpointError(
             f"{final} is there and is no adapter, so it is not overwritten. Choose another path."
         )
-    leaves = {p: tree.unboxed(x) for p, x in tree.items(adapter.params)}
+    leaves = adapter.values()
     about = {
         "format": FORMAT,
         "versions": {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")},
@@ -143,7 +143,11 @@ def load_adapter(path: str | os.PathLike[str], *, params: tree.Tree | None = Non
     if params is not None:
         base = tree.flat(params)
         leaves = {p: boxed_like(base, spec, p, x) for p, x in leaves.items()}
-    return Adapter(tree.nested(leaves), spec)
+    trained, frozen = (
+        tree.nested({p: x for p, x in leaves.items() if p in shapes})
+        for shapes in (spec.leaf_shapes, spec.frozen_shapes)
+    )
+    return Adapter(trained, spec, frozen)
 
 
 def _write(final: Path, leaves: Mapping[str, Any], about: dict[str, Any]) -> None:
@@ -201,7 +205,8 @@ def _stored_leaves(folder: Path) -> dict[str, Any]:
 
 
 def _check_stored(folder: Path, stored: Mapping[str, Any], spec: Spec) -> None:
-    for path, shape in spec.leaf_shapes.items():
+    shapes = spec.leaf_shapes | spec.frozen_shapes
+    for path, shape in shapes.items():
         if path not in stored:
             raise CheckpointError(
                 f"{folder} lacks leaf {path}, which its spec names. "
@@ -210,7 +215,7 @@ def _check_stored(folder: Path, stored: Mapping[str, Any], spec: Spec) -> None:
         found = tuple(stored[path].shape)
         if found != shape:
             raise CheckpointError(f"{folder}: leaf {path} has shape {found}, expected {shape}.")
-    extra = sorted(set(stored) - set(spec.leaf_shapes))
+    extra = sorted(set(stored) - set(shapes))
     if extra:
         raise CheckpointError(f"{folder} holds leaves that its spec lacks: {listing(extra)}.")
 
@@ -244,21 +249,22 @@ def _fingerprint(params: tree.Tree, spec: Spec) -> dict[str, Any]:
 
     Leaves that the adapter replaces are left out of the sample: a fresh head differs each time.
     """
-    leaves = {path: tree.unboxed(x) for path, x in tree.items(params)}
     replaced = {leaf.path for leaf in spec.saved}
-    content = {}
-    for path, x in leaves.items():
+    content, dtypes, shapes = {}, {}, {}
+    for path, leaf in tree.items(params):
+        x = jax.tree.leaves(leaf)[0]  # of a quantized kernel, the codes: nothing is dequantized
+        shapes[path], dtypes[path] = tree.aval(leaf), str(x.dtype)
         concrete = isinstance(x, np.ndarray) or (
             isinstance(x, jax.Array) and x.is_fully_addressable
         )
         if concrete and path not in replaced:
             content[path] = _checksum(x.ravel()[:: max(1, x.size // _SAMPLES)])
     return {
-        "structure": _digest((path, x.shape) for path, x in leaves.items()),
-        "dtypes": _digest((path, str(x.dtype)) for path, x in leaves.items()),
+        "structure": _digest((path, x.shape) for path, x in shapes.items()),
+        "dtypes": _digest(dtypes.items()),
         "content": content,
-        "leaves": len(leaves),
-        "size": tree.size(leaves),
+        "leaves": len(shapes),
+        "size": tree.size(shapes),
     }
 
 
@@ -294,7 +300,10 @@ def _spec_from_dict(about: Mapping[str, Any], folder: Path) -> Spec:
                 k: tuple(v) if isinstance(v, list) else v for k, v in site["layout"].items()
             }
             sites.append(Site(**(site | {"layout": KernelLayout(**layout)})))
-        saved = [SavedLeaf(leaf["path"], tuple(leaf["shape"])) for leaf in fields["saved"]]
+        saved = [
+            SavedLeaf(leaf["path"], tuple(leaf["shape"]), tuple(leaf["rows"]), leaf["axis"])
+            for leaf in fields["saved"]
+        ]
         spec = Spec(LoraConfig.from_dict(fields["config"]), tuple(sites), tuple(saved))
         spec.leaf_shapes  # noqa: B018  the layouts must make sense
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError) as e:

@@ -14,6 +14,7 @@ from jaxlora.errors import ConfigError, nearest
 
 ALL_LINEAR = "all-linear"
 BIAS_MODES = ("none", "all", "lora_only")
+MODES = ("branch", "weights")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ class LoraConfig:
       modules_to_save: patterns of modules that are trained in full beside the factors, such as a
         fresh classification head.
       bias: "none", "all" (every leaf named `bias`) or "lora_only" (those of adapted layers).
-      init: the name of the initializer, "kaiming" or "gaussian" or one that was registered.
+      init: the name of the initializer: "kaiming", "gaussian", "orthogonal", "zero_free", "pissa",
+        "pissa_fast", "olora", or one that was registered (`register_init`). None changes the base.
       rslora: scale by `alpha / sqrt(rank)` (Kalajdzievski 2023).
       rank_pattern: {pattern: rank} for layers that differ from `rank`.
       alpha_pattern: {pattern: alpha} for layers that differ from `alpha`.
@@ -48,6 +50,18 @@ class LoraConfig:
         of its own (loralib's MergedLinear). The blocks are an output axis of the mask's length if
         there is one, such as (in, 3, heads, dim), or else equal parts of the last.
       dora: train each kernel's magnitude beside its direction (Liu et al. 2024).
+      freeze_a: train B only, A stays as it starts (LoRA-FA, Zhang et al. 2023).
+      layers: the numbers of the layers to adapt, such as `range(12, 24)`; all by default. A layer's
+        number is the first one that ends a name in its path: 3 in `encoder/layer_3/mlp/dense_1`.
+      token_rows: {pattern: rows} of embedding tables whose given rows alone are trained in full,
+        such as those of new tokens.
+      mode: "branch", or "weights": kernels that no rule serves are adapted as well, by adding the
+        update to the kernel before the model runs. The price is a copy of each such kernel and the
+        dense gradient of it in every step, and no dropout there.
+      roles: {pattern: roles} of kernels that no rule serves, under mode="weights": a letter for
+        each axis as the layer sees it, `i` contracted with the input, `o` kept in the output, `b`
+        both, as `"bio"` for the experts of a mixture. Kernels of two axes are (in, out) unless this
+        says otherwise.
       param_dtype: dtype of the trained leaves. They are cast to the layer's dtype for computing.
 
     Raises:
@@ -73,6 +87,11 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] | Iterable[tuple[str, float]] = ()
     fused: Mapping[str, Iterable[bool]] | Iterable[tuple[str, Iterable[bool]]] = ()
     dora: bool = False
+    freeze_a: bool = False
+    layers: Iterable[int] | None = None
+    token_rows: Mapping[str, Iterable[int]] | Iterable[tuple[str, Iterable[int]]] = ()
+    mode: str = "branch"
+    roles: Mapping[str, str] | Iterable[tuple[str, str]] = ()
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -89,6 +108,11 @@ class LoraConfig:
             "rank_pattern": _pattern_values("rank_pattern", self.rank_pattern, _rank),
             "alpha_pattern": _pattern_values("alpha_pattern", self.alpha_pattern, _alpha),
             "fused": _pattern_values("fused", self.fused, _mask),
+            "freeze_a": _bool("freeze_a", self.freeze_a),
+            "layers": None if self.layers is None else _indices("layers", self.layers),
+            "token_rows": _pattern_values("token_rows", self.token_rows, _indices),
+            "mode": _choice("mode", self.mode, MODES),
+            "roles": _pattern_values("roles", self.roles, _roles),
             "param_dtype": _float_dtype(self.param_dtype),
         }
         for name, value in canonical.items():
@@ -106,10 +130,10 @@ class LoraConfig:
         """The fields as JSON types."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name, value in fields.items():
-            if name in ("rank_pattern", "alpha_pattern"):
+            if name in ("rank_pattern", "alpha_pattern", "roles"):
                 fields[name] = dict(value)
-            elif name == "fused":
-                fields[name] = {pattern: list(mask) for pattern, mask in value}
+            elif name in ("fused", "token_rows"):
+                fields[name] = {pattern: list(values) for pattern, values in value}
             elif isinstance(value, tuple):
                 fields[name] = list(value)
         return fields | {"param_dtype": np.dtype(self.param_dtype).name}
@@ -217,6 +241,24 @@ def _mask(name: str, value: Any) -> tuple[bool, ...]:
             "more, one of them True."
         )
     return tuple(map(bool, mask))
+
+
+def _indices(name: str, value: Any) -> tuple[int, ...]:
+    found = list(value) if isinstance(value, Iterable) else []
+    whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in found)
+    if not found or not whole or min(found) < 0 or len(set(found)) < len(found):
+        raise ConfigError(
+            f"{name} is {value!r}, expected one or more integers from 0, each of them once."
+        )
+    return tuple(sorted(map(int, found)))
+
+
+def _roles(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[bio]+", value) or not {*"io"} <= {*value}:
+        raise ConfigError(
+            f"{name} is {value!r}, expected letters i, o and b for the kernel's axes, such as 'io'."
+        )
+    return value
 
 
 def _float_dtype(value: Any) -> np.dtype:

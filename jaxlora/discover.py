@@ -18,10 +18,7 @@ from flax.core import meta
 from jaxlora import layers, tree
 from jaxlora.errors import LoraError, ModelError, TargetError
 
-_WAYS_OUT = (
-    "`exclude` it, or train it in weight space: "
-    "`model.apply({'params': merge(params, adapter)}, …)`."
-)
+_WAYS_OUT = '`exclude` it, or train it in weight space: `mode="weights"`.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +29,7 @@ class Use:
     roles: str
     stack: tuple[int, ...]
     lookup: bool
+    weights: bool = False
 
 
 @dataclasses.dataclass
@@ -42,11 +40,15 @@ class Seen:
       uses: {path: use} of the kernels that a registered rule uses.
       holders: {path: class} of the innermost module that held a leaf.
       ndims: {path: number of axes} of the leaf as that module sees it.
+      stacks: {path: signed axes} that lifted transforms took away from the leaf.
+      changed: paths of kernels that are computed with on their way to a layer that uses them.
     """
 
     uses: dict[str, Use] = dataclasses.field(default_factory=dict)
     holders: dict[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
     ndims: dict[str, int] = dataclasses.field(default_factory=dict)
+    stacks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    changed: set[str] = dataclasses.field(default_factory=set)
     failed_in: tuple[str, str] | None = None
 
 
@@ -67,7 +69,7 @@ def discover(
 
     Raises:
       ModelError: the model rejects the inputs.
-      TargetError: a candidate is changed on its way to its layer.
+      TargetError: a candidate is used in two ways, or the model does not run with its leaf boxed.
     """
     seen = Seen()
 
@@ -162,6 +164,7 @@ def _record(seen: Seen, context: Any, args: Any, kwargs: Any) -> None:
         if isinstance(leaf, _Probe):
             seen.holders[leaf.path] = type(module)
             seen.ndims[leaf.path] = len(leaf.value.shape)
+            seen.stacks[leaf.path] = leaf.taken
     rule = layers.rule_for(context.orig_method)
     linear = rule(module, *args, **kwargs) if rule else None
     leaf = held.get(linear.param) if linear else None
@@ -169,11 +172,8 @@ def _record(seen: Seen, context: Any, args: Any, kwargs: Any) -> None:
         return
     roles = linear.kernel_roles()
     if leaf.sentinel.dtype != jnp.int8 or len(roles) != len(leaf.value.shape):
-        raise TargetError(
-            f"{leaf.path} is changed on its way to its layer {type(module).__name__}, as by "
-            "nn.map_variables or nn.WeightNorm, and the factors beside it would be changed too. "
-            f"Expected a kernel that reaches its layer as it is. {_WAYS_OUT}"
-        )
+        seen.changed.add(leaf.path)
+        return
     use = Use(type(module).__name__, roles, leaf.taken, linear.lookup)
     first = seen.uses.setdefault(leaf.path, use)
     if (first.roles, first.stack) != (use.roles, use.stack):

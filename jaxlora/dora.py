@@ -37,10 +37,7 @@ def ratio(site: Site, kernel: Array, a: Array, b: Array, m: Array) -> Array:
     wide = jnp.promote_types(jnp.float32, kernel.dtype)
     kernel, a, b, m = (x.astype(wide) for x in (kernel, a, b, m))
     letters = string.ascii_lowercase[: kernel.ndim]
-    batch, inner, outer = (
-        "".join(c for c, r in zip(letters, site.layout.roles, strict=True) if r == role)
-        for role in "bio"
-    )
+    batch, inner, outer = (site.layout.letters(role, letters) for role in "bio")
 
     def product(equation: str, *operands: Array) -> Array:
         return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
@@ -76,11 +73,7 @@ def output(
     """
     if linear.run is None:
         _, kernel, out = linear.letters()
-        of = {
-            r: [c for c, role in zip(kernel, site.layout.roles, strict=True) if role == r]
-            for r in "bo"
-        }
-        letters = of["b"] + of["o"]
+        letters = "".join(site.layout.letters(role, kernel) for role in "bo")
         if not set(letters) <= set(out):
             raise TargetError(
                 f"{site.path} is used from its outputs, as a tied embedding's `attend` does, where "
@@ -88,7 +81,7 @@ def output(
             )
         by = _placed(by, letters, out)
         if bias is not None:
-            bias = _placed(bias, [c for c in out if c in letters], out)
+            bias = _placed(bias, "".join(c for c in out if c in letters), out)
     by = by.astype(y.dtype)
     fixed = jnp.zeros((), y.dtype) if bias is None else bias.astype(y.dtype)
     return y + (by - 1) * (y - fixed) + by * low
@@ -104,14 +97,17 @@ def norm(layout: KernelLayout, kernel: Array) -> Array:
 
 
 def rescaled(layout: KernelLayout, kernel: Array, m: Array) -> Array:
-    """The kernel leaf with norm m, (*stack, *batch, *outputs), over its contracted axes."""
-    by = m / norm(layout, kernel)
+    """The kernel leaf with norm m, (*stack, *batch, *outputs), over its contracted axes.
+
+    The norm that it had is a constant in the gradient.
+    """
+    by = m / jax.lax.stop_gradient(norm(layout, kernel))
     order = [axis for role in "sbo" for axis in layout.axes(role)]
     by = jnp.transpose(by, [order.index(axis) for axis in sorted(order)])
     return kernel * jnp.expand_dims(by, layout.axes("i"))
 
 
-def _placed(x: Array, letters: list[str], out: str) -> Array:
+def _placed(x: Array, letters: str, out: str) -> Array:
     """An array with axes `letters` as one that broadcasts to `out`."""
     order = [c for c in out if c in letters]
     x = jnp.transpose(x, [letters.index(c) for c in order])

@@ -1,22 +1,21 @@
 """`lora_init` and the initializers of the factors."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxlora import dora, tree
 from jaxlora.adapter import Adapter, Site, Spec, boxed_like
 from jaxlora.config import LoraConfig
-from jaxlora.errors import AdapterError, ConfigError, nearest
+from jaxlora.errors import AdapterError, ConfigError
+from jaxlora.initializers import initializer
 from jaxlora.plan import plan
 
 Array = jax.Array
-Initializer = Callable[[Array, Site, jnp.dtype], Array]
-"""(key, site, dtype) -> A as (*stack, *batch, rank, *contracted)."""
 
 
 def lora_init(
@@ -61,74 +60,65 @@ def lora_init(
 
 def init_leaves(key: Array, params: tree.Tree, spec: Spec) -> Adapter:
     """A fresh adapter for a spec that is there already: as `lora_init`, without tracing a model."""
-    draw = initializer(spec.config.init)
     base, dtype = tree.flat(params), spec.config.param_dtype
-    leaves: dict[str, Any] = {}
+    trained: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
     for site in spec.sites:
         site_key = jax.random.fold_in(key, tree.path_hash(site.path))
-        layout, stack = site.layout, site.layout.sizes("s")
-        shape_a, shape_b = ((*stack, *layout.core_shape(p, site.rank)) for p in ("a", "b"))
-        if site.lookup:
-            a, b = jnp.zeros(shape_a, dtype), jax.random.normal(site_key, shape_b, dtype)
-        else:
-            a, b = draw(site_key, site, dtype), jnp.zeros(shape_b, dtype)
-        leaves[f"{site.path}_lora_a"] = layout.to_leaf(a, "a", site.rank)
-        leaves[f"{site.path}_lora_b"] = layout.to_leaf(b, "b", site.rank)
+        a, b = (x.astype(dtype) for x in _draw(site_key, site, base[site.path], spec.config.init))
+        start = {"a": a, "b": b}
         if site.dora:
-            m = dora.norm(layout, _value(site.path, base[site.path])).astype(dtype)
-            leaves[f"{site.path}_lora_m"] = layout.to_leaf(m, "m", site.rank)
+            kernel = _value(site.path, base[site.path])
+            start["m"] = dora.norm(site.layout, kernel).astype(dtype)
+        for into, parts in ((trained, site.trained), (frozen, site.frozen)):
+            for part in parts:
+                kind: Any = part[0]
+                into[f"{site.path}_lora_{part}"] = site.layout.to_leaf(start[kind], kind, site.rank)
     for saved in spec.saved:
-        leaves[f"{saved.path}_lora_w"] = _trained_copy(saved.path, base[saved.path], dtype)
-    leaves = {path: boxed_like(base, spec, path, leaf) for path, leaf in leaves.items()}
-    return Adapter(tree.nested(leaves), spec)
+        value = saved.taken(_value(saved.path, base[saved.path]))
+        # A copy: the step donates the adapter's buffers, and must not take the base's with them.
+        trained[saved.leaf_path] = jnp.array(value, dtype, copy=True)
+    boxed = (
+        tree.nested({path: boxed_like(base, spec, path, leaf) for path, leaf in leaves.items()})
+        for leaves in (trained, frozen)
+    )
+    params, kept = boxed
+    return Adapter(params, spec, jax.tree.map(lambda x: jnp.array(x, copy=True), kept))
 
 
-def register_init(name: str) -> Callable[[Initializer], Initializer]:
-    """Registers an initializer of A under a name for `LoraConfig(init=name)`.
+def _draw(key: Array, site: Site, kernel: Any, name: str) -> tuple[Array, Array]:
+    """A and B as (*stack, *core)."""
+    layout = site.layout
+    shape_a, shape_b = ((*layout.sizes("s"), *layout.core_shape(p, site.rank)) for p in ("a", "b"))
+    draw = initializer(name).draw
+    if not site.keeps_start and site.lookup:  # the zero factor is the one that is looked up
+        return jnp.zeros(shape_a), jax.random.normal(key, shape_b)
+    if site.keeps_start:
+        _value(site.path, kernel)
+    drawn = draw(key, site, kernel)
+    if not isinstance(drawn, tuple):
+        return jnp.reshape(drawn, shape_a), jnp.zeros(shape_b)
+    a, b = jnp.reshape(drawn[0], shape_a), jnp.reshape(drawn[1], shape_b)
+    if not site.keeps_start:
+        _check_identity(site, a, b, name)
+    return a, b
 
-    Args:
-      name: the name.
 
-    Returns:
-      A decorator for a function `(key, site, dtype) -> A` of shape
-      `(*stack, *batch, rank, *contracted)`.
-    """
-
-    def decorate(draw: Initializer) -> Initializer:
-        _INITIALIZERS[name] = draw
-        return draw
-
-    return decorate
-
-
-def initializer(name: str) -> Initializer:
-    """The initializer of that name, or a ConfigError with those there are."""
-    if name not in _INITIALIZERS:
+def _check_identity(site: Site, a: Array, b: Array, name: str) -> None:
+    """Raises ConfigError if concrete factors have a product that is not zero up to rounding."""
+    if isinstance(a, Tracer) or isinstance(b, Tracer):
+        return
+    outputs = site.layout.count("o") // max(1, len(site.layout.blocks))
+    a, b = (x.reshape(-1, site.rank, n) for x, n in ((a, site.layout.count("i")), (b, outputs)))
+    with jax.default_matmul_precision("highest"):
+        probe = jnp.sum(a, -1)  # the low-rank values of an input of ones
+        out = jnp.einsum("nr,nro->no", probe, b)
+        most = jnp.einsum("nr,nro->no", jnp.abs(probe), jnp.abs(b))
+    if float(jnp.abs(out).max()) > 1e-4 * float(most.max()):
         raise ConfigError(
-            f"init is {name!r}, expected one of {', '.join(sorted(_INITIALIZERS))}. "
-            f"Nearest: {nearest(name, _INITIALIZERS, 1)[0]}."
+            f"init={name!r} starts {site.path} with factors whose product is not zero, so a fresh "
+            "adapter would change the model. Register it with `keeps_start=True`."
         )
-    return _INITIALIZERS[name]
-
-
-_INITIALIZERS: dict[str, Initializer] = {}
-
-
-@register_init("kaiming")
-def _kaiming(key: Array, site: Site, dtype: jnp.dtype) -> Array:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's kaiming_uniform_(a=sqrt(5)) as in loralib."""
-    bound = 1 / math.sqrt(site.layout.count("i"))
-    return jax.random.uniform(key, _shape(site), dtype, -bound, bound)
-
-
-@register_init("gaussian")
-def _gaussian(key: Array, site: Site, dtype: jnp.dtype) -> Array:
-    """N(0, (1/rank)^2), as in PEFT."""
-    return jax.random.normal(key, _shape(site), dtype) / site.rank
-
-
-def _shape(site: Site) -> tuple[int, ...]:
-    return (*site.layout.sizes("s"), *site.layout.core_shape("a", site.rank))
 
 
 def _value(path: str, base: Any) -> Any:
@@ -139,9 +129,3 @@ def _value(path: str, base: Any) -> Any:
             "expected an array. Pass concrete variables."
         )
     return value
-
-
-def _trained_copy(path: str, base: Any, dtype: Any) -> Any:
-    value = _value(path, base)
-    # A copy: the step donates the adapter's buffers, and must not take the base's with them.
-    return jnp.array(value, dtype, copy=True)

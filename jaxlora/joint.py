@@ -41,8 +41,9 @@ def combine(params: tree.Tree, adapter: Adapter | tree.Tree) -> tree.Tree:
       >>> jl.split(joint) == (base, {"dense": {"kernel_lora_a": 2.0}})
       True
     """
-    leaves = adapter.params if isinstance(adapter, Adapter) else adapter
-    return tree.union(params, leaves)
+    if not isinstance(adapter, Adapter):
+        return tree.union(params, adapter)
+    return tree.union(tree.union(params, adapter.params), adapter.frozen)
 
 
 @overload
@@ -63,17 +64,19 @@ def split(joint_params: tree.Tree, spec: Spec | None = None) -> tuple[tree.Tree,
       AdapterError: the tree holds no LoRA leaf, or not those of the spec.
     """
     lora = _lora_paths(joint_params, spec)
-    leaves = tree.select(lambda path: path in lora, joint_params)
-    base = _without(lora, joint_params)
+    base = tree.select(lambda path: path not in lora, joint_params)
     if spec is None:
-        return base, leaves
-    adapter = Adapter(leaves, spec)
+        return base, tree.select(lambda path: path in lora, joint_params)
+    trained = tree.select(lambda path: path in spec.leaf_shapes, joint_params)
+    adapter = Adapter(
+        trained, spec, tree.select(lambda path: path in spec.frozen_shapes, joint_params)
+    )
     check_leaves(adapter)
     return base, adapter
 
 
 def lora_mask(joint_params: tree.Tree, spec: Spec | None = None) -> tree.Tree:
-    """A tree of booleans for optax: True for LoRA leaves, False for the base's.
+    """A tree of booleans for optax: True for trained LoRA leaves, False for all that is frozen.
 
     `optax.masked(tx, mask)` alone lets the gradients of the base through as updates:
     `lora_optimizer` is what trains the LoRA leaves only.
@@ -89,7 +92,8 @@ def lora_mask(joint_params: tree.Tree, spec: Spec | None = None) -> tree.Tree:
       AdapterError: the tree holds no LoRA leaf, or not those of the spec.
     """
     lora = _lora_paths(joint_params, spec)
-    return tree.map_leaves(lambda path, _: path in lora, joint_params)
+    trained = {path for path in lora if tree.is_trained_name(path)}
+    return tree.map_leaves(lambda path, _: path in trained, joint_params)
 
 
 def lora_optimizer(
@@ -131,12 +135,9 @@ def _keep() -> optax.GradientTransformation:
 
 def _lora_paths(joint_params: tree.Tree, spec: Spec | None) -> set[str]:
     there = {path for path, _ in tree.items(joint_params)}
-    found = (
-        {path for path in there if tree.is_lora_name(path)}
-        if spec is None
-        else (there & set(spec.leaf_shapes))
-    )
-    missing = sorted(set(spec.leaf_shapes) - there) if spec else []
+    named = {*spec.leaf_shapes, *spec.frozen_shapes} if spec else set()
+    found = there & named if spec else {path for path in there if tree.is_lora_name(path)}
+    missing = sorted(named - there)
     if missing:
         raise AdapterError(
             f"The joint params lack {listing(missing)}, which the spec names. "
@@ -148,7 +149,3 @@ def _lora_paths(joint_params: tree.Tree, spec: Spec | None) -> set[str]:
             "kernel_lora_a. Expected a joint tree: `combine(params, adapter)`."
         )
     return found
-
-
-def _without(paths: set[str], params: tree.Tree) -> tree.Tree:
-    return tree.select(lambda path: path not in paths, params)

@@ -67,6 +67,15 @@ class KernelLayout:
         return tuple(self.shape[axis] for axis in self.axes(role))
 
     @property
+    def rank_axis(self) -> int:
+        """Where the rank stands in a factor of shape (*stack, *batch, rank, ...)."""
+        return len(self.axes("s") + self.axes("b"))
+
+    def letters(self, role: str, of: str) -> str:
+        """The letters that have a role, `of` being one letter for each of the kernel's own axes."""
+        return "".join(c for c, r in zip(of, self.roles, strict=True) if r == role)
+
+    @property
     def own_shape(self) -> tuple[int, ...]:
         """The shape of the kernel as its module sees it."""
         return tuple(self.shape[axis] for axis in self._own_and_stacked()[0])
@@ -113,6 +122,22 @@ class KernelLayout:
         rows = rank if part == "key" else self.rows(rank)
         x = x.reshape([self._size(n, part, rows) for n in present])
         return jnp.transpose(x, [present.index(label) for label in order])
+
+    def matrices(self, kernel: Array) -> Array:
+        """The kernel leaf as matrices (*stack, *batch, inputs, outputs).
+
+        Those of a fused kernel are its adapted blocks: (*stack, *batch, blocks, inputs, outputs).
+        """
+        order = [axis for role in "sbio" for axis in self.axes(role)]
+        x = jnp.transpose(kernel, order)
+        lead = [self.shape[axis] for axis in order[: self.rank_axis]]
+        if not self.blocks:
+            return x.reshape(*lead, self.count("i"), self.count("o"))
+        at, blocks = order.index(self.block_axis), len(self.blocks)
+        x = x.reshape(*x.shape[:at], blocks, x.shape[at] // blocks, *x.shape[at + 1 :])
+        x = jnp.moveaxis(x, at, self.rank_axis)
+        x = jnp.compress(np.array(self.blocks), x, self.rank_axis)
+        return x.reshape(*lead, sum(self.blocks), self.count("i"), self.count("o") // blocks)
 
     def spread(self, b: Array) -> Array:
         """B over all the outputs of a fused kernel: each row is zero outside its own block.

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import dora, tree
+from jaxlora import tree
 from jaxlora.adapter import Adapter, check_base, check_leaves
 from jaxlora.errors import AdapterError, listing
-from jaxlora.layout import KernelLayout
+from jaxlora.fold import fold as fold_kernel
 
 Array = jax.Array
 
@@ -92,20 +92,20 @@ def _fold(
 ) -> tree.Tree:
     check_leaves(adapter)
     check_base(params, adapter.spec)
-    leaves = {path: tree.unboxed(x) for path, x in tree.items(adapter.params)}
+    values = adapter.values()
     sites = {site.path: site for site in adapter.spec.sites}
-    saved = {leaf.path for leaf in adapter.spec.saved}
+    saved = {leaf.path: leaf for leaf in adapter.spec.saved}
     add = _add_donating if donate else _add
 
     def fold(path: str, leaf: Any) -> Any:
         kernel = tree.unboxed(leaf)
         if path in saved:  # a copy: the merged tree must outlive the adapter's buffers
-            value = jnp.array(leaves[f"{path}_lora_w"], kernel.dtype, copy=True)
+            value = jnp.array(saved[path].put(kernel, values[saved[path].leaf_path]), copy=True)
         elif path in sites:
             site = sites[path]
-            factors = {part: leaves[f"{path}_lora_{part}"] for part in site.parts}
             to = jnp.dtype(kernel.dtype if dtype is None else dtype)
-            value = add(kernel, factors, sign * site.scaling, site.layout, site.rank, to)
+            leaves, scaling = site.leaves(values), sign * site.scaling
+            value = add(kernel, leaves, scaling, site.layout, site.rank, to)
         else:
             return leaf
         return leaf.replace_boxed(value) if tree.is_box(leaf) else value
@@ -113,25 +113,9 @@ def _fold(
     return tree.map_leaves(fold, params)
 
 
-def _fold_kernel(
-    kernel: Array,
-    factors: dict[str, Array],
-    scaling: float,
-    layout: KernelLayout,
-    rank: int,
-    dtype: Any,
-) -> Array:
-    wide = jnp.promote_types(jnp.float32, kernel.dtype)
-    delta = layout.delta(factors["a"], factors["b"], rank, wide)
-    folded = kernel.astype(wide) + scaling * delta
-    if "m" in factors:
-        folded = dora.rescaled(layout, folded, layout.from_leaf(factors["m"], "m", rank))
-    return folded.astype(dtype)
-
-
 # The scaling is traced: kernels of one layout share a program whatever their alpha.
-_add = jax.jit(_fold_kernel, static_argnums=(3, 4, 5))
-_add_donating = jax.jit(_fold_kernel, static_argnums=(3, 4, 5), donate_argnums=0)
+_add = jax.jit(fold_kernel, static_argnums=(3, 4, 5))
+_add_donating = jax.jit(fold_kernel, static_argnums=(3, 4, 5), donate_argnums=0)
 
 
 @jax.jit
@@ -140,10 +124,10 @@ def _finite(leaves: dict[str, Array]) -> dict[str, Array]:
 
 
 def _check_finite(adapter: Adapter) -> None:
-    leaves = {path: tree.unboxed(x) for path, x in tree.items(adapter.params)}
-    if any(isinstance(x, Tracer) for x in leaves.values()):
+    values = adapter.values()
+    if any(isinstance(x, Tracer) for x in values.values()):
         return
-    bad = [path for path, ok in jax.device_get(_finite(leaves)).items() if not ok]
+    bad = [path for path, ok in jax.device_get(_finite(values)).items() if not ok]
     if bad:
         raise AdapterError(
             f"The adapter holds NaN or inf in {listing(bad)}, expected finite numbers: "

@@ -9,11 +9,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxlora import tree
-from jaxlora.adapter import Adapter, SavedLeaf, Site, Spec
+from jaxlora.adapter import SavedLeaf, Site, Spec
 from jaxlora.apply import base_params, lora_apply
 from jaxlora.config import LoraConfig
 from jaxlora.discover import Use, discover, trace
 from jaxlora.errors import ConfigError, LoraError, TargetError, listing
+from jaxlora.initializers import initializer
 from jaxlora.layout import KernelLayout
 from jaxlora.targets import Targets, check_patterns_used, pattern_value
 
@@ -25,10 +26,12 @@ class Plan:
     Attributes:
       spec: the sites and the leaves trained in full.
       num_base: the number of the base's parameters.
+      base_nbytes: their bytes, a quantized base's as it is stored.
     """
 
     spec: Spec
     num_base: int
+    base_nbytes: int
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -43,8 +46,9 @@ class Plan:
     @property
     def num_total(self) -> int:
         """The base's parameters and the factors'; a leaf trained in full counts once."""
-        replaced = sum(math.prod(leaf.shape) for leaf in self.spec.saved)
-        return self.num_base + self.num_trainable - replaced
+        replaced = sum(math.prod(leaf.leaf_shape) for leaf in self.spec.saved)
+        frozen = sum(math.prod(shape) for shape in self.spec.frozen_shapes.values())
+        return self.num_base + self.num_trainable + frozen - replaced
 
     @property
     def nbytes(self) -> int:
@@ -53,11 +57,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = ("path", "kind", "kernel", "rank", "scaling", "parameters")
-        full = "trained in full"
-        rows = [_row(site) for site in self.sites] + [
-            (leaf.path, full, str(leaf.shape), "", "", f"{math.prod(leaf.shape):,}")
-            for leaf in self.spec.saved
-        ]
+        rows = [_row(site) for site in self.sites] + [_saved_row(leaf) for leaf in self.spec.saved]
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         rule = tuple("-" * width for width in widths)
         lines = ["  ".join(_padded(row, widths)).rstrip() for row in (head, rule, *rows)]
@@ -66,7 +66,10 @@ class Plan:
         share = 100 * self.num_trainable / self.num_total
         lines.append(
             f"{len(self.sites)} kernels adapted, {self.num_trainable:,} of {self.num_total:,} "
-            f"parameters trainable ({share:.4f}%), {self.nbytes / 1e6:,.2f} MB"
+            f"parameters trainable ({share:.4f}%)"
+        )
+        lines.append(
+            f"{self.nbytes / 1e6:,.2f} MB to train on a base of {self.base_nbytes / 1e6:,.2f} MB"
         )
         return "\n".join(lines)
 
@@ -101,7 +104,8 @@ def plan(
       path    kind   kernel      rank  scaling  parameters
       ------  -----  ----------  ----  -------  ----------
       kernel  Dense  (256, 512)  4     4             3,072
-      1 kernels adapted, 3,072 of 134,656 parameters trainable (2.2814%), 0.01 MB
+      1 kernels adapted, 3,072 of 134,656 parameters trainable (2.2814%)
+      0.01 MB to train on a base of 0.53 MB
     """
     params = base_params(model, variables)
     if not isinstance(config, LoraConfig):
@@ -112,27 +116,26 @@ def plan(
             f"The params hold LoRA leaves already: {listing(lora)}. Expected a base: "
             "`split(joint_params)` takes it out of a joint tree."
         )
-    leaves = {path: tree.unboxed(x) for path, x in tree.items(tree.abstract(params))}
+    leaves = {path: tree.aval(x) for path, x in tree.items(params)}
     targets = Targets(leaves, config)
-    uses = targets.adapted(discover(model, variables, targets.candidates, args, kwargs))
+    seen = discover(model, variables, targets.candidates | set(targets.tables), args, kwargs)
+    uses = targets.adapted(seen)
     check_patterns_used("rank_pattern", config.rank_pattern, uses)
     check_patterns_used("alpha_pattern", config.alpha_pattern, uses)
     check_patterns_used("fused", config.fused, uses)
+    check_patterns_used("roles", config.roles, [path for path, use in uses.items() if use.weights])
+    whole = [SavedLeaf(p, tuple(leaves[p].shape)) for p in targets.saved | targets.biases(uses)]
     spec = Spec(
         config=config,
         sites=tuple(_site(path, use, leaves[path], config) for path, use in sorted(uses.items())),
-        saved=tuple(
-            SavedLeaf(path, tuple(leaves[path].shape))
-            for path in sorted(targets.saved | targets.biases(uses))
-        ),
+        saved=tuple(sorted([*whole, *targets.rows(seen, uses)], key=lambda leaf: leaf.path)),
     )
 
     def rehearse(variables: Any, args: Any, kwargs: Any) -> None:
-        adapter = Adapter(variables.pop("adapter"), spec)
-        lora_apply(model, variables, adapter, *args, **kwargs)
+        lora_apply(model, variables, variables.pop("adapter"), *args, **kwargs)
 
-    trace(rehearse, {**variables, "adapter": spec.abstract().params}, args, kwargs)
-    return Plan(spec, num_base=tree.size(leaves))
+    trace(rehearse, {**variables, "adapter": spec.abstract()}, args, kwargs)
+    return Plan(spec, num_base=tree.size(leaves), base_nbytes=tree.nbytes(params))
 
 
 def _site(path: str, use: Use, leaf: Any, config: LoraConfig) -> Site:
@@ -147,7 +150,23 @@ def _site(path: str, use: Use, leaf: Any, config: LoraConfig) -> Site:
             )
     rank = pattern_value("rank_pattern", config.rank_pattern, path, config.rank)
     alpha = pattern_value("alpha_pattern", config.alpha_pattern, path, config.alpha)
-    return Site(path, use.kind, layout, rank, config.scaling(rank, alpha), use.lookup, config.dora)
+    if use.lookup and config.freeze_a:
+        raise TargetError(
+            f"freeze_a applies to the table {path}, whose A starts at zero and would stay there. "
+            "`exclude` it, or use freeze_a=False."
+        )
+    return Site(
+        path,
+        use.kind,
+        layout,
+        rank,
+        config.scaling(rank, alpha),
+        lookup=use.lookup,
+        dora=config.dora,
+        keeps_start=initializer(config.init).keeps_start,
+        freeze_a=config.freeze_a,
+        weights=use.weights,
+    )
 
 
 def _fused(layout: KernelLayout, blocks: tuple[bool, ...], path: str) -> KernelLayout:
@@ -162,10 +181,16 @@ def _fused(layout: KernelLayout, blocks: tuple[bool, ...], path: str) -> KernelL
 
 
 def _row(site: Site) -> tuple[str, ...]:
-    count = sum(map(math.prod, site.leaf_shapes().values()))
+    count = sum(map(math.prod, site.leaf_shapes(site.trained).values()))
     rank = f"{site.rank}{' *' if site.wasteful() else ''}"
     shape, scaling = str(site.layout.shape), f"{site.scaling:.4g}"
-    return site.path, site.kind, shape, rank, scaling, f"{count:,}"
+    kind = f"{site.kind} (weights)" if site.weights else site.kind
+    return site.path, kind, shape, rank, scaling, f"{count:,}"
+
+
+def _saved_row(leaf: SavedLeaf) -> tuple[str, ...]:
+    kind = f"{len(leaf.rows)} rows trained" if leaf.rows else "trained in full"
+    return leaf.path, kind, str(leaf.shape), "", "", f"{math.prod(leaf.leaf_shape):,}"
 
 
 def _padded(row: tuple[str, ...], widths: list[int]) -> list[str]:

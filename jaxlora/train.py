@@ -85,13 +85,17 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=has_aux)
-        value, grads = grad_fn(state.adapter, variables, batch, key)
+        params = state.adapter.params
+
+        def loss_of(params: Any) -> Any:
+            adapter = dataclasses.replace(state.adapter, params=params)
+            return loss_fn(adapter, variables, batch, key)
+
+        value, grads = jax.value_and_grad(loss_of, has_aux=has_aux)(params)
         loss, metrics = value if has_aux else (value, {})
         if axis_name is not None:
             loss, metrics, grads = jax.lax.pmean((loss, metrics, grads), axis_name)
-        params = state.adapter.params
-        updates, opt_state = tx.update(grads.params, state.opt_state, params)
+        updates, opt_state = tx.update(grads, state.opt_state, params)
         adapter = dataclasses.replace(state.adapter, params=optax.apply_updates(params, updates))
         state = dataclasses.replace(
             state, step=state.step + 1, adapter=adapter, opt_state=opt_state

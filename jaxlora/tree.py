@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.core import meta
 
 from jaxlora.errors import AdapterError
@@ -18,13 +19,19 @@ from jaxlora.errors import AdapterError
 Tree = Any
 """A nested dict of arrays, or of anything that stands for arrays."""
 
-LORA_NAME = re.compile(r"(?P<param>.+)_lora_(?P<part>[abmw])")
-"""The name of a LoRA leaf. Parts: the factors a and b, DoRA's m, a trained replacement w."""
+LORA_NAME = re.compile(r"(?P<param>.+)_lora_(?P<part>[abmwt]|[ab]0)")
+"""The name of a LoRA leaf. Trained parts: the factors a and b, DoRA's m, a replacement w of the
+whole leaf, or t of some of a table's rows. Frozen parts: a0 and b0, factors as at the start."""
 
 
 def is_lora_name(path: str) -> bool:
     """Whether the last component of `path` names a LoRA leaf."""
     return LORA_NAME.fullmatch(path.rpartition("/")[2]) is not None
+
+
+def is_trained_name(path: str) -> bool:
+    """Whether the last component of `path` names a LoRA leaf that is trained."""
+    return is_lora_name(path) and not path.endswith("0")
 
 
 def is_box(x: Any) -> bool:
@@ -35,6 +42,13 @@ def is_box(x: Any) -> bool:
 def unboxed(x: Any) -> Any:
     """The array in a metadata box, or `x` itself."""
     return meta.unbox(x)
+
+
+def aval(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, or of what a metadata box holds, without computing it."""
+    if is_box(x):
+        return jax.eval_shape(meta.unbox, x)
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
 def items(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -50,6 +64,11 @@ def items(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def flat(tree: Tree) -> dict[str, Any]:
     """The nested mapping as {path: leaf}."""
     return dict(items(tree))
+
+
+def values(tree: Tree) -> dict[str, Any]:
+    """The nested mapping as {path: unboxed leaf}."""
+    return {path: unboxed(leaf) for path, leaf in items(tree)}
 
 
 def nested(leaves: Mapping[str, Any]) -> Tree:
@@ -85,7 +104,12 @@ def size(tree: Tree) -> int:
 
 def nbytes(tree: Tree) -> int:
     """The bytes of all arrays of the tree; the arrays may be abstract."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if is_array(x))
+    return sum(-(-x.size * _bits(x.dtype) // 8) for x in jax.tree.leaves(tree) if is_array(x))
+
+
+def _bits(dtype: Any) -> int:
+    """The bits of one element: 4 for int4, which XLA packs though numpy does not."""
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 
 def path_hash(path: str) -> int:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxlora as jl
-from jaxlora import init as init_module
-from jaxlora.errors import AdapterError, ConfigError
+from jaxlora import initializers
+from jaxlora.errors import AdapterError, ConfigError, TargetError
 from jaxlora.tree import flat, unboxed
 from tests import zoo
 
@@ -19,7 +19,7 @@ X = jnp.ones((2, 8))
 
 @pytest.fixture(autouse=True)
 def _initializers_as_before(monkeypatch):
-    monkeypatch.setattr(init_module, "_INITIALIZERS", dict(init_module._INITIALIZERS))
+    monkeypatch.setattr(initializers, "_TABLE", dict(initializers._TABLE))
 
 
 def variables_of(model, *inputs):
@@ -143,16 +143,15 @@ def test_leaves_have_the_configs_dtype():
 def test_an_unknown_initializer_is_an_error_with_what_there_is():
     with pytest.raises(
         ConfigError,
-        match=r"init is 'kaimin', expected one of gaussian, kaiming. Nearest: kaiming",
+        match=r"init is 'kaimin', expected one of gaussian, kaiming, .* Nearest: kaiming",
     ):
         init(zoo.Mlp(), init="kaimin")
 
 
 def test_a_registered_initializer_is_used_for_every_kernel():
     @jl.register_init("constant")
-    def constant(key, site, dtype):
-        shape = (*site.layout.sizes("s"), *site.layout.core_shape("a", site.rank))
-        return jnp.full(shape, len(site.path), dtype)
+    def constant(key, site, kernel):
+        return jnp.full(site.layout.leaf_shape("a", site.rank), len(site.path))
 
     adapter = init(zoo.Mlp(), init="constant")
     np.testing.assert_array_equal(adapter.params["up"]["kernel_lora_a"], np.full((2, 8), 9))
@@ -256,3 +255,85 @@ def test_a_trained_copy_of_an_abstract_leaf_is_an_error():
 def test_bias_modes_train_the_biases_they_name(mode, trained):
     adapter = init(zoo.Mlp(), bias=mode, targets="up")
     assert sorted(p for p in flat(adapter.params) if p.endswith("_w")) == trained
+
+
+def test_an_initializer_that_would_change_the_model_is_an_error():
+    @jl.register_init("ones")
+    def ones(key, site, kernel):
+        a, b = (jnp.ones(site.layout.leaf_shape(part, site.rank)) for part in ("a", "b"))
+        return a, b
+
+    with pytest.raises(ConfigError, match="starts down/kernel with factors whose product is not"):
+        init(zoo.Mlp(), init="ones")
+
+
+def test_pissa_takes_the_principal_part_of_the_kernel():
+    variables = variables_of(zoo.Mlp(), X)
+    adapter = jl.lora_init(
+        jax.random.key(0), zoo.Mlp(), variables, jl.LoraConfig(rank=3, init="pissa"), X
+    )
+    kernel = np.asarray(variables["params"]["up"]["kernel"], np.float64)
+    u, s, vt = np.linalg.svd(kernel, full_matrices=False)
+    leaves = adapter.params["up"]
+    start = 16 / 3 * leaves["kernel_lora_a"].T @ leaves["kernel_lora_b"]
+    np.testing.assert_allclose(start, u[:, :3] * s[:3] @ vt[:3], 1e-5, 1e-5)
+    np.testing.assert_array_equal(adapter.frozen["up"]["kernel_lora_a0"], leaves["kernel_lora_a"])
+    np.testing.assert_array_equal(adapter.frozen["up"]["kernel_lora_b0"], leaves["kernel_lora_b"])
+
+
+def test_fast_pissa_is_pissa_up_to_the_randomized_decomposition():
+    model, x = nn.Dense(96), jnp.ones((2, 64))
+    variables = variables_of(model, x)
+    products = []
+    for name in ("pissa", "pissa_fast"):
+        config = jl.LoraConfig(rank=4, init=name)
+        leaves = jl.lora_init(jax.random.key(0), model, variables, config, x).params
+        products.append(leaves["kernel_lora_a"].T @ leaves["kernel_lora_b"])
+    exact, fast = products
+    # A random matrix, whose spectrum hardly falls, is the hardest case there is.
+    assert np.linalg.norm(exact - fast) < 0.3 * np.linalg.norm(exact)
+
+
+def test_olora_takes_q_and_r():
+    variables = variables_of(zoo.Mlp(), X)
+    config = jl.LoraConfig(rank=3, init="olora")
+    leaves = jl.lora_init(jax.random.key(0), zoo.Mlp(), variables, config, X).params["up"]
+    q, r = np.linalg.qr(np.asarray(variables["params"]["up"]["kernel"]).T)
+    np.testing.assert_allclose(
+        leaves["kernel_lora_b"].T @ leaves["kernel_lora_a"], q[:, :3] @ r[:3], 1e-5, 1e-5
+    )
+
+
+def test_orthogonal_factors_are_not_zero_and_their_product_is():
+    adapter = init(zoo.Mlp(), init="orthogonal", rank=4)
+    leaves = adapter.params["up"]
+    a, b = leaves["kernel_lora_a"], leaves["kernel_lora_b"]
+    assert np.abs(a).max() > 1e-2
+    assert np.abs(b).max() > 1e-2
+    np.testing.assert_allclose(a.T @ b, 0, atol=1e-7)
+    with pytest.raises(TargetError, match="has rank 3, expected an even one"):
+        init(zoo.Mlp(), init="orthogonal", rank=3)
+
+
+@pytest.mark.parametrize("name", ["pissa", "pissa_fast", "olora"])
+def test_a_rank_that_no_decomposition_gives_is_an_error(name):
+    with pytest.raises(TargetError, match="whose smaller side is 4, expected a rank of at most"):
+        init(zoo.Mlp(), init=name, rank=6)
+
+
+def test_freezing_a_trains_b_alone():
+    adapter = init(zoo.Mlp(), freeze_a=True)
+    assert set(adapter.params["up"]) == {"kernel_lora_b"}
+    assert set(adapter.frozen["up"]) == {"kernel_lora_a0"}
+    grads = jax.grad(lambda a: jnp.sum(jl.lora_apply(zoo.Mlp(), variables_of(zoo.Mlp(), X), a, X)))(
+        adapter
+    )
+    assert all((g == 0).all() for g in jax.tree.leaves(grads.frozen))
+    assert all((g != 0).any() for g in jax.tree.leaves(grads.params))
+
+
+def test_freezing_the_zero_factor_of_a_table_is_an_error():
+    case = zoo.CASES["embed_attend"]
+    config = jl.LoraConfig(targets="embed", freeze_a=True)
+    with pytest.raises(TargetError, match="freeze_a applies to the table embed/embedding"):
+        jl.plan(case.model, case.variables(), config, *case.inputs)

@@ -71,7 +71,7 @@ def test_a_users_module_is_planned_with_the_roles_of_its_equation():
     _, _, _, adapter = made()
     site = adapter.spec.sites[0]
     assert (site.path, site.kind, site.layout.roles) == ("grouped/weight", "Grouped", "obi")
-    assert site.leaf_shapes() == {
+    assert site.leaf_shapes(site.trained) == {
         "grouped/weight_lora_a": (3, 2, 4),
         "grouped/weight_lora_b": (3, 2, 5),
     }

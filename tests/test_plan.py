@@ -71,7 +71,8 @@ def test_the_table_shows_each_kernel_and_the_totals():
         "down/bias    trained in full  (4,)                             4",
         "up/bias      trained in full  (12,)                           12",
         "* rank above the kernel's smaller side: it can give no other update",
-        "2 kernels adapted, 152 of 320 parameters trainable (47.5000%), 0.00 MB",
+        "2 kernels adapted, 152 of 320 parameters trainable (47.5000%)",
+        "0.00 MB to train on a base of 0.00 MB",
     ]
 
 
@@ -218,7 +219,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_and_counts(
 def test_a_value_pattern_that_matches_no_adapted_kernel_is_an_error(field):
     with pytest.raises(
         TargetError,
-        match=rf"{field} pattern 'key' matched none of the 2 adapted kernels. Nearest: layer_\d/",
+        match=rf"{field} pattern 'key' matched none of the 2 kernels. Nearest: layer_\d/",
     ):
         plan(Encoder(), X, targets="query", **{field: {"key": 4}})
 
