@@ -14,13 +14,16 @@ from jaxlora.initializers import register_init as register_init
 from jaxlora.joint import combine as combine
 from jaxlora.joint import lora_mask as lora_mask
 from jaxlora.joint import lora_optimizer as lora_optimizer
+from jaxlora.joint import lora_plus as lora_plus
 from jaxlora.joint import split as split
 from jaxlora.layers import Linear as Linear
 from jaxlora.layers import register as register
 from jaxlora.merge import merge as merge
+from jaxlora.merge import reset as reset
 from jaxlora.merge import unmerge as unmerge
 from jaxlora.plan import Plan as Plan
 from jaxlora.plan import plan as plan
+from jaxlora.quantize import quantize as quantize
 from jaxlora.train import TrainState as TrainState
 from jaxlora.train import make_eval_step as make_eval_step
 from jaxlora.train import make_train_step as make_train_step

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 
 from jaxlora import dora, layers, tree
 from jaxlora.adapter import Adapter, Site, check_base, check_leaves
-from jaxlora.branch import branch, dropped, with_rows
+from jaxlora.branch import branch, dropped, with_input_gradient, with_rows
 from jaxlora.errors import AdapterError, LoraError, ModelError
 from jaxlora.fold import Term, fold, joined, terms
 from jaxlora.layers import Linear
+from jaxlora.quantize import Quantized, unboxing_after
 
 Array = jax.Array
 BOUND = "_lora"
@@ -104,11 +105,18 @@ def lora_apply(
     fired: dict[str, int] = {}  # how often each site has run: the calls draw their own masks
 
     def intercept(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        y = next_method(*args, **kwargs)
         rule = layers.rule_for(context.orig_method)
         if rule is None:
-            return y
+            return next_method(*args, **kwargs)
         linear = rule(context.module, *args, **kwargs)
+        kernel = context.module.get_variable("params", linear.param)
+        if isinstance(kernel, Quantized) and not linear.lookup:
+            args, kwargs = jax.lax.stop_gradient((args, kwargs))
+            with unboxing_after(linear.x):
+                y = next_method(*args, **kwargs)
+            y = with_input_gradient(linear, y, kernel)
+        else:
+            y = next_method(*args, **kwargs)
         beside = context.module.get_variable("params", linear.param + BOUND)
         if isinstance(beside, Rows):
             return with_rows(linear, y, beside.values, beside.rows)

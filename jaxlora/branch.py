@@ -1,12 +1,15 @@
 """The low-rank branch: what an adapter adds to the output of one layer."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxlora import tree
 from jaxlora.adapter import Site
 from jaxlora.layers import Linear
+from jaxlora.quantize import unboxing_after
 
 Array = jax.Array
 
@@ -95,3 +98,41 @@ def with_rows(linear: Linear, y: Array, values: Array, rows: tuple[int, ...]) ->
         return jnp.where(hit, values.astype(y.dtype)[at], y)
     own = jnp.einsum("...d,nd->...n", linear.x, values.astype(y.dtype), precision=linear.precision)
     return y.at[..., jnp.array(rows)].set(own.astype(y.dtype))
+
+
+def with_input_gradient(linear: Linear, y: Array, box: Any) -> Array:
+    """The output of a layer whose input was a constant, with the gradient of its input.
+
+    The kernel is taken out of its box again for the backward pass, so what waits for it is the box:
+    a few bits a weight, where autodiff of the layer would keep the kernel itself.
+
+    Args:
+      linear: the use.
+      y: the output.
+      box: the kernel in its metadata box.
+    """
+    x = linear.x
+
+    @jax.custom_vjp
+    def attach(y: Array, x: Array, box: Any) -> Array:
+        return y
+
+    def forward(y: Array, x: Array, box: Any) -> tuple[Array, Any]:
+        return y, box
+
+    def backward(box: Any, g: Array) -> tuple[Array, Array, None]:
+        with unboxing_after(g):
+            kernel = tree.unboxed(box).astype(g.dtype)
+        _, transposed = jax.vjp(lambda x: _product(linear, x, kernel), jnp.zeros(x.shape, g.dtype))
+        return g, transposed(g)[0].astype(x.dtype), None
+
+    attach.defvjp(forward, backward)
+    return attach(y, x, box)
+
+
+def _product(linear: Linear, x: Array, kernel: Array) -> Array:
+    """The layer's own product, without its bias."""
+    if linear.run is not None:
+        return linear.run(x, kernel)
+    letters, of_kernel, out = linear.letters()
+    return jnp.einsum(f"{letters},{of_kernel}->{out}", x, kernel, precision=linear.precision)

@@ -42,6 +42,7 @@ class Seen:
       ndims: {path: number of axes} of the leaf as that module sees it.
       stacks: {path: signed axes} that lifted transforms took away from the leaf.
       changed: paths of kernels that are computed with on their way to a layer that uses them.
+      failed_in: class and path of the innermost module that failed.
     """
 
     uses: dict[str, Use] = dataclasses.field(default_factory=dict)
@@ -49,11 +50,17 @@ class Seen:
     ndims: dict[str, int] = dataclasses.field(default_factory=dict)
     stacks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     changed: set[str] = dataclasses.field(default_factory=set)
-    failed_in: tuple[str, str] | None = None
+    failed_in: tuple[type[nn.Module], str] | None = None
 
 
 def discover(
-    model: nn.Module, variables: Any, candidates: set[str], args: Any, kwargs: Any
+    model: nn.Module,
+    variables: Any,
+    candidates: set[str],
+    args: Any,
+    kwargs: Any,
+    *,
+    in_weights: bool = False,
 ) -> Seen:
     """Traces `model.apply` and records how the candidates are used; no array is allocated.
 
@@ -63,6 +70,8 @@ def discover(
       candidates: paths of the params that may be adapted.
       args: example inputs, abstract or not.
       kwargs: keyword arguments for `model.apply`.
+      in_weights: where the model does not run with boxed leaves, leave those of the failing module
+        as they are, and record them as changed.
 
     Returns:
       What was seen.
@@ -71,7 +80,37 @@ def discover(
       ModelError: the model rejects the inputs.
       TargetError: a candidate is used in two ways, or the model does not run with its leaf boxed.
     """
-    seen = Seen()
+    shapes = {path: tree.aval(leaf).shape for path, leaf in tree.items(variables["params"])}
+    plain: dict[str, type[nn.Module]] = {}
+    while True:
+        seen = Seen()
+        try:
+            _trace_boxed(seen, model, variables, candidates - set(plain), args, kwargs)
+            break
+        except LoraError:
+            raise
+        except Exception as e:
+            _reject_inputs(model, variables, args, kwargs)
+            kind, where = seen.failed_in or (type(model), "")
+            inside = [p for p in candidates - set(plain) if p.startswith(f"{where}/") or not where]
+            if not in_weights or not candidates - set(plain):
+                raise TargetError(
+                    f"{kind.__name__} at {where or 'the root'} reads params in a way that the "
+                    "layers below it cannot be adapted under "
+                    f"({type(e).__name__}: {_first_line(e)}). Expected a layer that uses its "
+                    f"params as they are. {_WAYS_OUT}"
+                ) from e
+            plain |= dict.fromkeys(inside or candidates, kind)
+    for path, kind in plain.items():
+        seen.holders[path], seen.ndims[path], seen.stacks[path] = kind, len(shapes[path]), ()
+        seen.changed.add(path)
+    return seen
+
+
+def _trace_boxed(
+    seen: Seen, model: nn.Module, variables: Any, candidates: set[str], args: Any, kwargs: Any
+) -> None:
+    """Traces the model with each candidate in a box, and fills `seen`."""
 
     def probed(path: str, leaf: Any) -> Any:
         leaf = tree.unboxed(leaf)
@@ -82,8 +121,7 @@ def discover(
         try:
             y = next_method(*args, **kwargs)
         except Exception:
-            where = "/".join(map(str, module.path)) or "the root"
-            seen.failed_in = seen.failed_in or (type(module).__name__, where)
+            seen.failed_in = seen.failed_in or (type(module), "/".join(map(str, module.path)))
             raise
         _record(seen, context, args, kwargs)
         return y
@@ -93,19 +131,7 @@ def discover(
         with nn.intercept_methods(record):
             model.apply({**variables, "params": params}, *args, **kwargs)
 
-    try:
-        trace(run, variables, args, kwargs)
-    except LoraError:
-        raise
-    except Exception as e:
-        _reject_inputs(model, variables, args, kwargs)
-        kind, where = seen.failed_in or (type(model).__name__, "the root")
-        raise TargetError(
-            f"{kind} at {where} reads params in a way that the layers below it cannot be adapted "
-            f"under ({type(e).__name__}: {_first_line(e)}). Expected a layer that uses its params "
-            f"as they are. {_WAYS_OUT}"
-        ) from e
-    return seen
+    trace(run, variables, args, kwargs)
 
 
 def trace(run: Callable[..., Any], variables: Any, args: Any, kwargs: Any) -> None:

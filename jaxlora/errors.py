@@ -5,7 +5,9 @@ A message says what failed, what was got and expected, what there is, and what t
 """
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class LoraError(Exception):
@@ -47,3 +49,23 @@ def listing(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def optional(module: str, what: str, extra: str = "hf") -> Any:
+    """Imports a module of an optional dependency.
+
+    Args:
+      module: its name, "safetensors.numpy".
+      what: what needs it, for the message.
+      extra: the extra of jaxlora that installs it.
+
+    Raises:
+      MissingDependencyError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise MissingDependencyError(
+            f"{what} needs the package '{module.partition('.')[0]}', which is not installed. "
+            f"Next: pip install 'jaxlora[{extra}]'."
+        ) from e

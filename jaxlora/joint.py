@@ -16,7 +16,7 @@ import optax
 
 from jaxlora import tree
 from jaxlora.adapter import Adapter, Spec, check_leaves
-from jaxlora.errors import AdapterError, listing
+from jaxlora.errors import AdapterError, ConfigError, listing
 
 
 def combine(params: tree.Tree, adapter: Adapter | tree.Tree) -> tree.Tree:
@@ -123,6 +123,45 @@ def lora_optimizer(
         return jax.tree.map(lambda lora: "lora" if lora else "base", lora_mask(params, spec))
 
     return optax.partition({"lora": tx, "base": _keep()}, labels)
+
+
+def lora_plus(
+    tx: optax.GradientTransformation, ratio: float = 16.0
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that learns B with `ratio` times the learning rate of A (Hayou et al. 2024).
+
+    The updates of B are multiplied by the ratio, decoupled weight decay included: what optimizers
+    give whose updates are in proportion to the learning rate, as Adam's, AdamW's and SGD's are.
+
+    Args:
+      tx: an optax optimizer of an adapter's params, or of a joint tree inside `lora_optimizer`.
+      ratio: learning rate of B over that of A; 16 is the paper's.
+
+    Returns:
+      An optax optimizer.
+
+    Raises:
+      ConfigError: a ratio that is not above 0.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxlora as jl, optax
+      >>> leaves = {"kernel_lora_a": jnp.ones(2), "kernel_lora_b": jnp.ones(2)}
+      >>> tx = jl.lora_plus(optax.sgd(0.5), ratio=4)
+      >>> updates, _ = tx.update(leaves, tx.init(leaves), leaves)
+      >>> {name: float(x[0]) for name, x in updates.items()}
+      {'kernel_lora_a': -0.5, 'kernel_lora_b': -2.0}
+    """
+    if not ratio > 0:
+        raise ConfigError(f"ratio is {ratio!r}, expected a number above 0.")
+
+    def faster(updates: Any, params: Any = None) -> Any:
+        def leaf(path: Any, x: Any) -> Any:
+            names = [str(getattr(entry, "key", "")) for entry in path]
+            return x * ratio if any(name.endswith("_lora_b") for name in names) else x
+
+        return jax.tree_util.tree_map_with_path(leaf, updates)
+
+    return optax.chain(tx, optax.stateless(faster))
 
 
 def _keep() -> optax.GradientTransformation:

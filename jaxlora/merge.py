@@ -10,6 +10,7 @@ from jaxlora import tree
 from jaxlora.adapter import Adapter, check_base, check_leaves
 from jaxlora.errors import AdapterError, listing
 from jaxlora.fold import fold as fold_kernel
+from jaxlora.init import init_leaves
 
 Array = jax.Array
 
@@ -85,6 +86,31 @@ def unmerge(params: tree.Tree, adapter: Adapter, *, base: tree.Tree | None = Non
         check_base(base, adapter.spec)
     unfolded = _fold(params, adapter, -1.0, donate=False, dtype=None)
     return tree.map_leaves(lambda path, x: originals[path] if path in saved else x, unfolded)
+
+
+def reset(
+    key: Array, params: tree.Tree, adapter: Adapter, *, donate: bool = False
+) -> tuple[tree.Tree, Adapter]:
+    """Merges an adapter and starts a fresh one of the same spec (ReLoRA, Lialin et al. 2023).
+
+    The sum of several updates of rank r has a higher rank than one. Make a new optimizer state
+    too: the moments belong to the factors that were merged.
+
+    Args:
+      key: a PRNG key for the fresh factors.
+      params: the base.
+      adapter: the adapter.
+      donate: as for `merge`.
+
+    Returns:
+      (merged params, fresh adapter): together they are the model as it was, up to the rounding of
+      the merge.
+
+    Raises:
+      AdapterError: as `merge`.
+    """
+    merged = merge(params, adapter, donate=donate)
+    return merged, init_leaves(key, merged, adapter.spec)
 
 
 def _fold(

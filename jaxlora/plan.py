@@ -118,7 +118,8 @@ def plan(
         )
     leaves = {path: tree.aval(x) for path, x in tree.items(params)}
     targets = Targets(leaves, config)
-    seen = discover(model, variables, targets.candidates | set(targets.tables), args, kwargs)
+    candidates, in_weights = targets.candidates | set(targets.tables), config.mode == "weights"
+    seen = discover(model, variables, candidates, args, kwargs, in_weights=in_weights)
     uses = targets.adapted(seen)
     check_patterns_used("rank_pattern", config.rank_pattern, uses)
     check_patterns_used("alpha_pattern", config.alpha_pattern, uses)

@@ -20,6 +20,7 @@ ORDER = [
     "config",
     "layout",
     "adapter",
+    "quantize",
     "layers",
     "branch",
     "dora",
@@ -35,6 +36,7 @@ ORDER = [
     "checkpoint",
     "train",
     "algebra",
+    "ranks",
 ]
 OPTIONAL = (
     "transformers",
@@ -44,6 +46,7 @@ OPTIONAL = (
     "matplotlib",
     "rich",
     "tyro",
+    "qwix",
 )
 
 

@@ -35,6 +35,8 @@ REFUSED = {
     ("embed_attend", "freeze_a"): "freeze_a applies to the table",
     ("fused", "dora"): "fused and dora both apply",
     ("fused", "dora_pissa_frozen"): "fused and dora both apply",
+    ("fan_in_fan_out", "dora"): "fused and dora both apply",
+    ("fan_in_fan_out", "dora_pissa_frozen"): "fused and dora both apply",
 }
 """{(model, method): what the error says}: combinations that make no sense."""
 
@@ -46,9 +48,9 @@ ROUNDED = {
 """{method: why a fresh adapter changes nothing only up to rounding}."""
 
 OTHER_LAYOUTS = {"scan_axis_2", "scan_attention_axis_3", "scan_attention_axis_-4"}
-"""Models whose kernels XLA lays out in another way beside factors of rank 1: the last bits differ."""
+"""Models whose kernels XLA lays out anew beside factors of rank 1, so that the last bits differ."""
 
-GRADIENTS = {"mlp", "scan_axis_1", "attention", "conv", "embed_attend"}
+GRADIENTS = {"mlp", "scan_axis_1", "attention", "embed_attend", "expert_params"}
 """The models on which the gradient of every method is compared; that of one is on all of them."""
 
 PAIRS = [
@@ -101,8 +103,18 @@ def apply(case, variables, adapter):
 def base(case, variables, params=None):
     if params is not None:
         variables = {**variables, "params": params}
-    out = jax.jit(lambda v: case.model.apply(v, *case.inputs, **case.kwargs))(variables)
+    kept = case is CASES[case.name]
+    out = (_compiled_base(case.name) if kept else _compile_base(case))(variables)
     return out[0] if "mutable" in case.kwargs else out
+
+
+def _compile_base(case):
+    return jax.jit(lambda v: case.model.apply(v, *case.inputs, **case.kwargs))
+
+
+@functools.cache
+def _compiled_base(name):
+    return _compile_base(CASES[name])
 
 
 def assert_close(left, right, tolerance=1e-5, name=""):
@@ -272,6 +284,8 @@ def test_one_trace_serves_every_equal_adapter(case, tmp_path):
 
 @every_model
 def test_vmap_over_adapters_equals_a_loop(case):
+    if case.name == "expert_params":
+        pytest.skip("jax: ragged_dot has no batching rule for the dimension of its experts")
     variables, adapter = fresh(case)
     adapters = [trained(adapter, scale) for scale in (0.1, 0.2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import jaxlora as jl
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -269,6 +271,92 @@ class Fused(nn.Module):
         return layers(name="layers")(x, None)[0]
 
 
+class CallEinsum(nn.Module):
+    """As gemma's Einsum: the kernel has a name of its own, the equation comes with the call."""
+
+    shape: tuple[int, ...]
+    weight_name: str = "w"
+
+    @nn.compact
+    def __call__(self, eqn, x):
+        return jnp.einsum(
+            eqn, x, self.param(self.weight_name, nn.initializers.normal(0.3), self.shape)
+        )
+
+
+@jl.register(CallEinsum)
+def call_einsum(module, eqn, x):
+    return jl.Linear(module.weight_name, eqn, x)
+
+
+class SharedScope(nn.Module):
+    """Several kernels in one scope, as in gemma's FeedForward."""
+
+    def setup(self):
+        self.gate_up = CallEinsum((2, 12, 8), "gating_einsum")
+        self.linear = CallEinsum((12, 8), "linear_einsum")
+        nn.share_scope(self, self.gate_up)
+        nn.share_scope(self, self.linear)
+
+    def __call__(self, x):
+        gate, up = jnp.moveaxis(self.gate_up("...d,nhd->...nh", x), -2, 0)
+        return self.linear("...h,hd->...d", nn.gelu(gate) * up)
+
+
+class Conv1D(nn.Module):
+    """As transformers 4's FlaxConv1D: the kernel is stored (out, in), square or not."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.features, x.shape[-1])
+        kernel = self.param("kernel", nn.initializers.normal(0.3), shape)
+        return x @ kernel.T + self.param("bias", nn.initializers.zeros, (self.features,))
+
+
+@jl.register(Conv1D)
+def conv_1d(module, x):
+    return jl.Linear("kernel", "...i,oi->...o", x)
+
+
+class FanInFanOut(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(Conv1D(8, name="square")(x))
+        q, k, v = jnp.split(Conv1D(24, name="c_attn")(x), 3, -1)
+        return Conv1D(4, name="c_proj")(q * k + v)
+
+
+class ExpertParams(nn.Module):
+    """Raw params of a mixture of experts, used by einsum and ragged_dot, in a scan over layers."""
+
+    @nn.compact
+    def __call__(self, x):  # (tokens, 8)
+        class Body(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                init = nn.initializers.normal(0.3)
+                wi = self.param("wi", init, (3, 8, 6))
+                wo = self.param("wo", init, (3, 6, 8))
+                h = nn.tanh(jnp.einsum("td,edf->etf", x, wi))
+                rows = jnp.full(3, x.shape[0], jnp.int32)
+                y = jax.lax.ragged_dot(h.reshape(-1, 6), wo, rows)
+                return x + y.reshape(3, *x.shape).mean(0), None
+
+        layers = nn.scan(Body, variable_axes={"params": 1}, split_rngs={"params": True}, length=2)
+        return layers(name="layers")(x, None)[0]
+
+
+class Unserved(nn.Module):
+    """Kernels that no rule serves: normalized on their way, and of a cell that fuses its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.WeightNorm(nn.Dense(6, name="dense"), name="norm")(x))
+        return nn.RNN(nn.OptimizedLSTMCell(4), name="lstm")(x)
+
+
 class Boxed(nn.Module):
     """Params in nn.Partitioned boxes, under a scan that names its axis."""
 
@@ -365,6 +453,28 @@ CASES = {
                     "gate_up": (False, True),
                 }
             },
+        ),
+        Case("gemma_einsum", SharedScope(), (_x(2, 5, 8),), ("gating_einsum", "linear_einsum")),
+        Case(
+            "fan_in_fan_out",
+            FanInFanOut(),
+            (_x(2, 5, 8),),
+            options={"fused": {"c_attn": (True, False, True)}},
+        ),
+        Case(
+            "expert_params",
+            ExpertParams(),
+            (_x(5, 8),),
+            ("wi", "wo"),
+            options={"mode": "weights", "roles": {"w[io]": "bio"}},
+        ),
+        Case(
+            "unserved",
+            Unserved(),
+            (_x(2, 5, 8),),
+            ("dense", "OptimizedLSTMCell_0/.*"),
+            options={"mode": "weights"},
+            wide=False,
         ),
         Case("boxed", Boxed(), (_x(5, 8),)),
         Case("nn_jit", Jitted(), (_x(5, 8),)),

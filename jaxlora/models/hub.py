@@ -1,6 +1,5 @@
 """Model folders in Hugging Face's form, local or from the hub: config, weights, tokenizer."""
 
-import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.errors import CheckpointError, MissingDependencyError, listing
+from jaxlora.errors import CheckpointError, listing, optional
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -63,7 +62,7 @@ def resolve(dir_or_hub_id: str | Path, revision: str | None = None) -> Path:
             f"There is no folder {folder}. Expected a folder with config.json and {WEIGHTS}, or a "
             "hub id such as 'google-bert/bert-base-uncased'."
         )
-    hub = _optional("huggingface_hub", f"Downloading '{dir_or_hub_id}'")
+    hub = optional("huggingface_hub", f"Downloading '{dir_or_hub_id}'")
     try:
         found = hub.snapshot_download(
             dir_or_hub_id, revision=revision, allow_patterns=list(_DOWNLOADED)
@@ -158,7 +157,7 @@ def read_tokenizer(folder: Path) -> Any:
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    transformers = _optional("transformers", f"Loading the tokenizer of {folder}")
+    transformers = optional("transformers", f"Loading the tokenizer of {folder}")
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as e:  # the tokenizers package raises bare Exceptions
@@ -229,7 +228,7 @@ def _is_kernel(path: str) -> bool:
 
 
 def _open(file: Path) -> Any:
-    safetensors = _optional("safetensors", f"Reading {file}")
+    safetensors = optional("safetensors", f"Reading {file}")
     try:
         return safetensors.safe_open(str(file), framework="numpy")
     except (safetensors.SafetensorError, OSError) as e:
@@ -257,13 +256,3 @@ def _read_json_object(file: Path) -> dict[str, Any]:
 def _what_is_in(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     return f"It holds {listing(names)}." if names else "It is empty."
-
-
-def _optional(package: str, what: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as e:
-        raise MissingDependencyError(
-            f"{what} needs the package '{package}', which is not installed. "
-            "Next: pip install 'jaxlora[hf]'."
-        ) from e
