@@ -1,12 +1,13 @@
 # Everything runs in .venv, made on first use. PYTHON picks the interpreter that makes it.
 PYTHON ?= python3
 VENV := .venv
+TORCH := .venv-torch
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-interop lint bench clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed ## install the package into .venv
 
@@ -20,6 +21,12 @@ test: $(VENV)/.dev ## lint, type-check and run all the tests
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2
 
+test-interop: $(VENV)/.dev $(TORCH)/.installed ## compare with torch, PEFT and loralib, run anew with another seed
+	mkdir -p $(TORCH)/references
+	for library in peft loralib; do \
+	  $(TORCH)/bin/python tests/references/make_$$library.py $(TORCH)/references 1 || exit 1; done
+	JAXLORA_REFERENCES=$(TORCH)/references $(BIN)/python -m pytest tests/test_parity.py
+
 lint: $(VENV)/.dev ## format and lint in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -29,7 +36,7 @@ bench: $(VENV)/.dev ## time a LoRA step against full fine-tuning, merged against
 	$(BIN)/python benchmarks/step.py --markdown BENCHMARKS.md
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TORCH) .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -45,4 +52,10 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(TORCH)/.installed:
+	$(PYTHON) -m venv $(TORCH)
+	$(TORCH)/bin/python -m pip install -q --disable-pip-version-check \
+	  torch==2.13.0+cpu peft==0.21.2 loralib==0.1.2 'transformers>=5' numpy
 	touch $@

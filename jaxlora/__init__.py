@@ -9,6 +9,7 @@ from jaxlora.checkpoint import load_adapter as load_adapter
 from jaxlora.checkpoint import save_adapter as save_adapter
 from jaxlora.config import LoraConfig as LoraConfig
 from jaxlora.errors import LoraError as LoraError
+from jaxlora.eva import eva_init as eva_init
 from jaxlora.init import lora_init as lora_init
 from jaxlora.initializers import register_init as register_init
 from jaxlora.joint import combine as combine

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import fold, tree
-from jaxlora.adapter import Adapter, Site, Spec, check_leaves
+from jaxlora.adapter import Adapter, Site, Spec, check_base, check_leaves
 from jaxlora.errors import AdapterError, ConfigError, listing
+from jaxlora.initializers import principal
 from jaxlora.layout import KernelLayout
 
 Array = jax.Array
@@ -109,6 +110,49 @@ def add(*adapters: Adapter) -> Adapter:
 def interpolate(left: Adapter, right: Adapter, t: float | Array) -> Adapter:
     """`(1 - t) * left + t * right`, exact; t outside [0, 1] extrapolates."""
     return add(scale(left, 1 - t), scale(right, t))
+
+
+def approximate(adapter: Adapter, params: tree.Tree, goal: tree.Tree) -> Adapter:
+    """The adapter of the same spec that brings a base nearest to other params of its shapes.
+
+    With fine-tuned params as the goal, this extracts a LoRA from them. With a quantized base and
+    the original as the goal, it starts training nearer to the original than the quantized base is:
+    LoftQ's start (Li et al. 2023, algorithm 1 with one step), that leaves the base as it is.
+
+    Args:
+      adapter: an adapter of the base; its spec and the dtype of its leaves are taken over.
+      params: the base, quantized or not.
+      goal: params of the same shapes.
+
+    Returns:
+      The adapter; each update is the best of its rank in the Frobenius norm.
+
+    Raises:
+      AdapterError: the adapter has magnitudes, leaves trained in full or starting factors, or does
+        not fit one of the trees.
+    """
+    leaves = _leaves(adapter, "approximate")
+    kept = [site.path for site in adapter.spec.sites if site.frozen]
+    if kept:
+        raise AdapterError(
+            f"approximate sets both factors, but {listing(kept)} keeps frozen ones. Expected an "
+            'adapter with `init="kaiming"` and freeze_a=False.'
+        )
+    check_base(params, adapter.spec)
+    check_base(goal, adapter.spec)
+    bases, goals = tree.flat(params), tree.flat(goal)
+    for site in adapter.spec.sites:
+        wanted, there = (
+            site.layout.matrices(tree.unboxed(x[site.path])).astype(jnp.float32)
+            for x in (goals, bases)
+        )
+        for part, x in zip("ab", principal(site, wanted - there), strict=True):
+            kind: Any = part
+            old = leaves[f"{site.path}_lora_{part}"]
+            core = x.reshape(*site.layout.sizes("s"), *site.layout.core_shape(kind, site.rank))
+            leaf = site.layout.to_leaf(core, kind, site.rank).astype(old.dtype)
+            leaves[f"{site.path}_lora_{part}"] = leaf
+    return dataclasses.replace(adapter, params=tree.nested(leaves))
 
 
 def singular_values(adapter: Adapter) -> dict[str, np.ndarray]:

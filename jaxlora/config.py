@@ -41,7 +41,8 @@ class LoraConfig:
         fresh classification head.
       bias: "none", "all" (every leaf named `bias`) or "lora_only" (those of adapted layers).
       init: the name of the initializer: "kaiming", "gaussian", "orthogonal", "zero_free", "pissa",
-        "pissa_fast", "olora", or one that was registered (`register_init`). None changes the base.
+        "pissa_fast", "olora", "eva" (with `eva_init`), or one that was registered with
+        `register_init`. None changes the base.
       rslora: scale by `alpha / sqrt(rank)` (Kalajdzievski 2023).
       rank_pattern: {pattern: rank} for layers that differ from `rank`.
       alpha_pattern: {pattern: alpha} for layers that differ from `alpha`.

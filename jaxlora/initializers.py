@@ -130,8 +130,7 @@ def pissa(key: Array, site: Site, kernel: Array) -> Factors:
     `A = sqrt(S / scaling) U^T, B = sqrt(S / scaling) V^T` of the best rank-r approximation, by an
     exact singular value decomposition.
     """
-    u, s, vt = jnp.linalg.svd(_matrices(site, kernel), full_matrices=False)
-    return _balanced(site, u, s, vt)
+    return principal(site, _matrices(site, kernel))
 
 
 @register_init("pissa_fast", keeps_start=True)
@@ -158,6 +157,19 @@ def olora(key: Array, site: Site, kernel: Array) -> Factors:
     q, r = jnp.linalg.qr(jnp.swapaxes(_matrices(site, kernel), -1, -2))
     rows = _at_most(site, q.shape[-1])
     return r[..., :rows, :], jnp.swapaxes(q[..., :rows], -1, -2)
+
+
+def principal(site: Site, matrices: Array) -> Factors:
+    """A and B of the best approximation of matrices (..., inputs, outputs) by `scaling * B A`."""
+    return _balanced(site, *jnp.linalg.svd(matrices.astype(jnp.float32), full_matrices=False))
+
+
+@register_init("eva")
+def _eva(key: Array, site: Site, kernel: Array) -> Array:
+    raise ConfigError(
+        "init='eva' starts from the layers' inputs, and there are no batches here. Expected "
+        "`jaxlora.eva_init(key, model, variables, config, batches)`."
+    )
 
 
 def _uniform(key: Array, site: Site) -> Array:

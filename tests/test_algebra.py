@@ -132,3 +132,42 @@ def test_adapters_of_different_bases_do_not_add():
 def test_truncate_says_what_it_wants(options, message):
     with pytest.raises(jl.LoraError, match=message):
         algebra.truncate(two("mlp")[0], **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_update_is_extracted_from_merged_params(name):
+    variables, fresh_one = fresh(CASES[name])
+    adapter, _ = two(name)
+    merged = jl.merge(variables["params"], adapter)
+    found = algebra.approximate(fresh_one, variables["params"], merged)
+    assert_same_delta(found, algebra.delta(adapter))
+
+
+def test_loftq_starts_nearer_to_the_original_than_the_quantized_base():
+    variables, adapter = fresh(CASES["mlp"])
+    params = variables["params"]
+    quantized = jl.quantize(params, adapter.spec, "int4")
+    start = algebra.approximate(adapter, quantized, params)
+    zero = jax.tree.map(jnp.zeros_like, adapter)
+    for layer in ("up", "down"):
+        far, near = (
+            np.linalg.norm(jl.merge(quantized, x)[layer]["kernel"] - params[layer]["kernel"])
+            for x in (zero, start)
+        )
+        assert near < 0.9 * far
+
+
+def test_starting_factors_make_an_ordinary_lora_of_twice_the_rank(tmp_path):
+    case = CASES["mlp"]
+    variables, adapter = fresh(case, init="pissa")
+    adapter = trained(adapter)
+    plain = algebra.ordinary(adapter)
+    assert {site.rank for site in plain.spec.sites} == {4}
+    assert not plain.frozen
+    assert_close(apply(case, variables, plain), apply(case, variables, adapter))
+    jl.save_adapter(tmp_path / "plain", plain, params=variables["params"])
+    assert jl.load_adapter(tmp_path / "plain", params=variables["params"]).spec == plain.spec
+    scaled = algebra.scale(adapter, 0.5)
+    assert_same_delta(scaled, {p: 0.5 * x for p, x in algebra.delta(adapter).items()})
+    with pytest.raises(jl.LoraError, match="approximate sets both factors"):
+        algebra.approximate(adapter, variables["params"], variables["params"])

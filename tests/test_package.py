@@ -31,6 +31,7 @@ ORDER = [
     "targets",
     "plan",
     "init",
+    "eva",
     "merge",
     "joint",
     "checkpoint",
