@@ -62,7 +62,7 @@ def case(layer, bias):
     return out | {"data/delta": base.weight.detach().numpy() - out["base/weight"]}
 
 
-def main(folder=Path(__file__).parent, seed=0):
+def main(folder: str | Path = Path(__file__).parent, seed: str | int = 0):
     torch.manual_seed(int(seed))
     cases = [(layer, "lora", "none") for layer in LAYERS] + [("linear", "bias", "lora_only")]
     out = {}

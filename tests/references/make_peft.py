@@ -140,7 +140,7 @@ def case(layer, method):
     return out | {"data/delta_after": delta()}
 
 
-def main(folder=Path(__file__).parent, seed=0):
+def main(folder: str | Path = Path(__file__).parent, seed: str | int = 0):
     torch.manual_seed(int(seed))
     out = {}
     for layer in LAYERS:
