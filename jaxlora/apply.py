@@ -111,7 +111,7 @@ def lora_apply(
         linear = rule(context.module, *args, **kwargs)
         kernel = context.module.get_variable("params", linear.param)
         if isinstance(kernel, Quantized) and not linear.lookup:
-            args, kwargs = jax.lax.stop_gradient((args, kwargs))
+            args, kwargs = jax.tree.map(_constant, (args, kwargs))
             with unboxing_after(linear.x):
                 y = next_method(*args, **kwargs)
             y = with_input_gradient(linear, y, kernel)
@@ -158,6 +158,10 @@ def base_params(model: Any, variables: Any) -> tree.Tree:
 def _dropout_key(rngs: Any) -> Array | None:
     """The "dropout" rng; a bare key is not one, as for `model.apply`."""
     return rngs.get("dropout") if isinstance(rngs, Mapping) else None
+
+
+def _constant(x: Any) -> Any:
+    return jax.lax.stop_gradient(x) if tree.is_array(x) else x
 
 
 def _adapted(factors: Factors, linear: Linear, y: Array, module: nn.Module, calls: int) -> Array:

@@ -99,8 +99,7 @@ def register(module_type: type[nn.Module], method: str = "__call__") -> Callable
 
     Returns:
       A decorator for the rule: a function `(module, *args, **kwargs) -> Linear`, with the
-      arguments of the method. The method must return `einsum(equation, x, kernel)`, plus
-      anything that does not depend on the kernel.
+      arguments of the method. The method must return `einsum(equation, x, kernel)`, plus a bias.
 
     Raises:
       LoraError: the class does not define the method.

@@ -75,6 +75,25 @@ def test_ranks_go_where_the_variance_is_and_scalings_stay():
     assert adapter.params["rich"]["kernel_lora_a"].shape == (5, 8)
 
 
+MODELS = ("mlp", "scan_axis_1", "attention", "einsum", "fused", "gemma_einsum", "fan_in_fan_out")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_matrix_layer_starts_as_the_base_with_orthonormal_rows(name):
+    case = zoo.CASES[name]
+    variables = case.variables()
+    config = jl.LoraConfig(**{"rank": 1, "init": "eva", "targets": case.targets} | case.options)
+    key = jax.random.key(0)
+    adapter = jl.eva_init(key, case.model, variables, config, [case.inputs], rho=1.0)
+    out = jl.lora_apply(case.model, variables, adapter, *case.inputs)
+    np.testing.assert_array_equal(out, case.model.apply(variables, *case.inputs))
+    values = adapter.values()
+    for site in adapter.spec.sites:
+        rows = site.layout.from_leaf(values[f"{site.path}_lora_a"], "a", site.rank)
+        rows = rows.reshape(*rows.shape[: site.layout.rank_axis + 1], -1)
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=-1), 1, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{"dora": True}, {"freeze_a": True}, {"rslora": True}])
 def test_other_methods_start_there_too(options):
     variables, adapter = init(zoo.Mlp(), [X], **options)

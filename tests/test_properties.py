@@ -35,8 +35,6 @@ REFUSED = {
     ("embed_attend", "freeze_a"): "freeze_a applies to the table",
     ("fused", "dora"): "fused and dora both apply",
     ("fused", "dora_pissa_frozen"): "fused and dora both apply",
-    ("fan_in_fan_out", "dora"): "fused and dora both apply",
-    ("fan_in_fan_out", "dora_pissa_frozen"): "fused and dora both apply",
 }
 """{(model, method): what the error says}: combinations that make no sense."""
 

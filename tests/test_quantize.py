@@ -17,7 +17,20 @@ from tests.zoo import CASES
 
 QTYPES = ("int8", "int4", "nf4")
 every_qtype = pytest.mark.parametrize("qtype", QTYPES)
-MODELS = ("mlp", "scan_axis_-1", "vmap_in_scan", "attention", "conv", "scan_attention_axis_3")
+MODELS = (
+    "mlp",
+    "scan_axis_-1",
+    "vmap_in_scan",
+    "attention",
+    "einsum",
+    "embed_attend",
+    "conv",
+    "scan_attention_axis_3",
+    "fused",
+    "gemma_einsum",
+    "fan_in_fan_out",
+    "expert_params",
+)
 
 
 def quantized(name, qtype="nf4", **options):

@@ -455,12 +455,7 @@ CASES = {
             },
         ),
         Case("gemma_einsum", SharedScope(), (_x(2, 5, 8),), ("gating_einsum", "linear_einsum")),
-        Case(
-            "fan_in_fan_out",
-            FanInFanOut(),
-            (_x(2, 5, 8),),
-            options={"fused": {"c_attn": (True, False, True)}},
-        ),
+        Case("fan_in_fan_out", FanInFanOut(), (_x(2, 5, 8),)),
         Case(
             "expert_params",
             ExpertParams(),
