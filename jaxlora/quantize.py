@@ -3,8 +3,9 @@
 A quantized kernel is a metadata box in the place of the array. Flax unboxes it where the layer asks
 for its param, inside the scan body or the vmapped expert, so the model's own code and a plain
 `model.apply` work as they are. Under `lora_apply` each layer dequantizes its kernel in the forward
-pass and again in the backward pass, and no dequantized copy is kept between the two. Types and
-arithmetic are qwix's; the second quantization, of the scales, is ours.
+pass and again in the backward pass, and no dequantized copy is kept between the two (but for
+kernels that no rule serves). Types and arithmetic are qwix's; the second quantization, of the
+scales, is ours.
 """
 
 import contextlib

@@ -197,3 +197,24 @@ def test_reset_merges_and_starts_afresh(options):
     start = apply(case, {"params": params}, again)
     assert_close(start, apply(case, variables, adapter))
     assert_close(start, base(case, variables, params))
+
+
+@pytest.mark.parametrize("options", [{"init": "pissa"}, {"freeze_a": True}])
+def test_frozen_leaves_are_saved_and_never_trained(options, tmp_path):
+    variables, adapter = fresh(CASES["scan_axis_1"], **options)
+    adapter = trained(adapter)
+    jl.save_adapter(tmp_path / "adapter", adapter, params=variables["params"])
+    loaded = jl.load_adapter(tmp_path / "adapter", params=variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
+
+    joint = jl.combine(variables["params"], adapter)
+    base_again, split = jl.split(joint, adapter.spec)
+    jax.tree.map(np.testing.assert_array_equal, (base_again, split), (variables["params"], adapter))
+    for path, trains in tree.items(jl.lora_mask(joint)):
+        assert trains == (path in adapter.spec.leaf_shapes), path
+    tx = jl.lora_optimizer(optax.adamw(0.1, weight_decay=0.5))
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, joint), tx.init(joint), joint)
+    moved = optax.apply_updates(joint, updates)
+    for path, leaf in tree.items(moved):
+        same = np.array_equal(leaf, tree.flat(joint)[path])
+        assert same == (not tree.is_trained_name(path)), path
