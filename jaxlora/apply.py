@@ -119,7 +119,7 @@ def lora_apply(
             y = next_method(*args, **kwargs)
         beside = context.module.get_variable("params", linear.param + BOUND)
         if isinstance(beside, Rows):
-            return with_rows(linear, y, beside.values, beside.rows)
+            return with_rows(linear, y, tree.unboxed(kernel), beside.values, beside.rows)
         if beside is None:
             return y
         fired[beside.site.path] = fired.get(beside.site.path, 0) + 1

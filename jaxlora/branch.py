@@ -82,12 +82,15 @@ def dropped(key: Array, rate: float, x: Array) -> Array:
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
-def with_rows(linear: Linear, y: Array, values: Array, rows: tuple[int, ...]) -> Array:
+def with_rows(
+    linear: Linear, y: Array, table: Array, values: Array, rows: tuple[int, ...]
+) -> Array:
     """The output of a table some of whose rows have other values; the table is not copied.
 
     Args:
       linear: the use: a lookup, or the products of an input with every row.
       y: the output with the table as it is.
+      table: (all rows, width).
       values: (rows, width).
       rows: which rows they replace.
     """
@@ -96,8 +99,10 @@ def with_rows(linear: Linear, y: Array, values: Array, rows: tuple[int, ...]) ->
         at = jnp.minimum(at, len(rows) - 1)
         hit = (jnp.array(rows)[at] == linear.x)[..., None]
         return jnp.where(hit, values.astype(y.dtype)[at], y)
-    own = jnp.einsum("...d,nd->...n", linear.x, values.astype(y.dtype), precision=linear.precision)
-    return y.at[..., jnp.array(rows)].set(own.astype(y.dtype))
+    # By what they differ, so that rows that do not differ change nothing, bit for bit.
+    change = values.astype(y.dtype) - table[jnp.array(rows)].astype(y.dtype)
+    own = jnp.einsum("...d,nd->...n", linear.x, change, precision=linear.precision)
+    return y.at[..., jnp.array(rows)].add(own.astype(y.dtype))
 
 
 def with_input_gradient(linear: Linear, y: Array, box: Any) -> Array:

@@ -143,7 +143,7 @@ def test_leaves_have_the_configs_dtype():
 def test_an_unknown_initializer_is_an_error_with_what_there_is():
     with pytest.raises(
         ConfigError,
-        match=r"init is 'kaimin', expected one of gaussian, kaiming, .* Nearest: kaiming",
+        match=r"init is 'kaimin', expected one of eva, gaussian, .* Nearest: kaiming",
     ):
         init(zoo.Mlp(), init="kaimin")
 
