@@ -158,12 +158,22 @@ class Spec:
 
     def abstract(self) -> "Adapter":
         """The adapter with a ShapeDtypeStruct for every leaf."""
-        dtype = self.config.param_dtype
+        dtype, shapes = self.config.param_dtype, self.leaf_shapes | self.frozen_shapes
+        return self.adapter({p: jax.ShapeDtypeStruct(s, dtype) for p, s in shapes.items()})
+
+    def adapter(self, leaves: Mapping[str, Any]) -> "Adapter":
+        """The adapter of {path: leaf}, trained and frozen ones told apart."""
         trained, frozen = (
-            tree.nested({p: jax.ShapeDtypeStruct(s, dtype) for p, s in shapes.items()})
+            tree.nested({p: x for p, x in leaves.items() if p in shapes})
             for shapes in (self.leaf_shapes, self.frozen_shapes)
         )
         return Adapter(trained, self, frozen)
+
+    def total(self, num_base: int) -> int:
+        """The base's parameters and the factors'; a leaf that is trained in full counts once."""
+        shapes = [*self.leaf_shapes.values(), *self.frozen_shapes.values()]
+        replaced = [leaf.leaf_shape for leaf in self.saved]
+        return num_base + sum(map(math.prod, shapes)) - sum(map(math.prod, replaced))
 
 
 @jax.tree_util.register_dataclass
@@ -279,9 +289,7 @@ def summary(params: tree.Tree, adapter: Adapter) -> str:
     """
     check_base(params, adapter.spec)
     trainable = tree.size(adapter.params)
-    replaced = sum(math.prod(leaf.leaf_shape) for leaf in adapter.spec.saved)
-    base = sum(tree.aval(x).size for _, x in tree.items(params))
-    total = base + trainable + tree.size(adapter.frozen) - replaced
+    total = adapter.spec.total(sum(tree.aval(x).size for _, x in tree.items(params)))
     return (
         f"trainable params: {trainable:,} || all params: {total:,} || "
         f"trainable%: {100 * trainable / total:.4f}"

@@ -149,7 +149,7 @@ def approximate(adapter: Adapter, params: tree.Tree, goal: tree.Tree) -> Adapter
         for part, x in zip("ab", principal(site, wanted - there), strict=True):
             kind: Any = part
             old = leaves[f"{site.path}_lora_{part}"]
-            core = x.reshape(*site.layout.sizes("s"), *site.layout.core_shape(kind, site.rank))
+            core = x.reshape(site.layout.full_shape(kind, site.rank))
             leaf = site.layout.to_leaf(core, kind, site.rank).astype(old.dtype)
             leaves[f"{site.path}_lora_{part}"] = leaf
     return dataclasses.replace(adapter, params=tree.nested(leaves))
@@ -189,8 +189,8 @@ def truncate(adapter: Adapter, *, rank: int | None = None, energy: float | None 
         raise ConfigError(f"truncate got rank={rank} and energy={energy}, expected one of them.")
     if rank is not None and rank < 1:
         raise ConfigError(f"rank is {rank}, expected at least 1.")
-    if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"energy is {energy}, expected a share in (0, 1].")
+    if energy is not None:
+        check_energy(energy)
     leaves = _leaves(adapter, "truncate")
     kept = {}
     for site in adapter.spec.sites:
@@ -203,6 +203,12 @@ def truncate(adapter: Adapter, *, rank: int | None = None, energy: float | None 
         b = (root * u[..., :keep, :]).reshape(*lead, keep, *_own_outputs(layout))
         kept[site.path] = (site, (a, b))
     return _adapter(adapter.spec, kept)
+
+
+def check_energy(energy: float) -> None:
+    """Raises ConfigError unless the energy is a share in (0, 1]."""
+    if not 0 < energy <= 1:
+        raise ConfigError(f"energy is {energy}, expected a share in (0, 1].")
 
 
 def _own_outputs(layout: KernelLayout) -> tuple[int, ...]:

@@ -143,11 +143,7 @@ def load_adapter(path: str | os.PathLike[str], *, params: tree.Tree | None = Non
     if params is not None:
         base = tree.flat(params)
         leaves = {p: boxed_like(base, spec, p, x) for p, x in leaves.items()}
-    trained, frozen = (
-        tree.nested({p: x for p, x in leaves.items() if p in shapes})
-        for shapes in (spec.leaf_shapes, spec.frozen_shapes)
-    )
-    return Adapter(trained, spec, frozen)
+    return spec.adapter(leaves)
 
 
 def _write(final: Path, leaves: Mapping[str, Any], about: dict[str, Any]) -> None:

@@ -83,24 +83,24 @@ def discover(
     shapes = {path: tree.aval(leaf).shape for path, leaf in tree.items(variables["params"])}
     plain: dict[str, type[nn.Module]] = {}
     while True:
-        seen = Seen()
+        seen, boxed = Seen(), candidates - set(plain)
         try:
-            _trace_boxed(seen, model, variables, candidates - set(plain), args, kwargs)
+            _trace_boxed(seen, model, variables, boxed, args, kwargs)
             break
         except LoraError:
             raise
         except Exception as e:
             _reject_inputs(model, variables, args, kwargs)
             kind, where = seen.failed_in or (type(model), "")
-            inside = [p for p in candidates - set(plain) if p.startswith(f"{where}/") or not where]
-            if not in_weights or not candidates - set(plain):
+            if not in_weights or not boxed:
                 raise TargetError(
                     f"{kind.__name__} at {where or 'the root'} reads params in a way that the "
                     "layers below it cannot be adapted under "
                     f"({type(e).__name__}: {_first_line(e)}). Expected a layer that uses its "
                     f"params as they are. {_WAYS_OUT}"
                 ) from e
-            plain |= dict.fromkeys(inside or candidates, kind)
+            inside = {p for p in boxed if p.startswith(f"{where}/") or not where}
+            plain |= dict.fromkeys(inside or boxed, kind)
     for path, kind in plain.items():
         seen.holders[path], seen.ndims[path], seen.stacks[path] = kind, len(shapes[path]), ()
         seen.changed.add(path)

@@ -86,7 +86,8 @@ def eva_init(
         raise ConfigError(f"eva_init got a config with init={config.init!r}, expected 'eva'.")
     if rho < 1:
         raise ConfigError(f"rho is {rho!r}, expected at least 1.")
-    sites = plan(model, variables, config, *batches[0], **kwargs).sites
+    spec = plan(model, variables, config, *batches[0], **kwargs).spec
+    sites = spec.sites
     for site in sites:
         if site.lookup or site.weights:
             raise TargetError(f"EVA needs the inputs of {site.path}, which has none. `exclude` it.")
@@ -102,17 +103,20 @@ def eva_init(
             for path, rank in ranks.items()
         },
     )
-    spec = plan(model, variables, config, *batches[0], **kwargs).spec
+    ranked = tuple(dataclasses.replace(site, rank=ranks[site.path]) for site in sites)
+    spec = dataclasses.replace(spec, config=config, sites=ranked)
     start = dataclasses.replace(spec, config=dataclasses.replace(config, init="kaiming"))
     adapter = init_leaves(key, variables["params"], start)
 
+    of_a = {f"{s.path}_lora_{p}": s for s in ranked for p in ("a", "a0")}
+
     def leaf(path: str, x: Any) -> Any:
-        site = next((s for s in spec.sites if path.startswith(f"{s.path}_lora_a")), None)
+        site = of_a.get(path)
         if site is None:
             return x
         layout, directions = site.layout, found[site.path][0][..., : site.rank, :]
         rows = jnp.concatenate([directions] * max(1, sum(layout.blocks)), -2)
-        core = rows.reshape(*layout.sizes("s"), *layout.core_shape("a", site.rank))
+        core = rows.reshape(layout.full_shape("a", site.rank))
         value = layout.to_leaf(core, "a", site.rank).astype(config.param_dtype)
         return x.replace_boxed(value) if tree.is_box(x) else value
 
@@ -238,8 +242,7 @@ def _orthogonal(rows: Array) -> Array:
 def _to_leaf(layout: KernelLayout, rows: Array) -> Array:
     x = jnp.concatenate([rows, jnp.zeros((*rows.shape[:-2], _SUMS, rows.shape[-1]))], -2)
     width = x.shape[-2]
-    core = x.reshape(*layout.sizes("s"), *layout.core_shape("a", width))
-    return layout.to_leaf(core, "a", width)
+    return layout.to_leaf(x.reshape(layout.full_shape("a", width)), "a", width)
 
 
 def _shared_out(

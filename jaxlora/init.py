@@ -61,8 +61,7 @@ def lora_init(
 def init_leaves(key: Array, params: tree.Tree, spec: Spec) -> Adapter:
     """A fresh adapter for a spec that is there already: as `lora_init`, without tracing a model."""
     base, dtype = tree.flat(params), spec.config.param_dtype
-    trained: dict[str, Any] = {}
-    frozen: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for site in spec.sites:
         site_key = jax.random.fold_in(key, tree.path_hash(site.path))
         a, b = (x.astype(dtype) for x in _draw(site_key, site, base[site.path], spec.config.init))
@@ -70,26 +69,22 @@ def init_leaves(key: Array, params: tree.Tree, spec: Spec) -> Adapter:
         if site.dora:
             kernel = _value(site.path, base[site.path])
             start["m"] = dora.norm(site.layout, kernel).astype(dtype)
-        for into, parts in ((trained, site.trained), (frozen, site.frozen)):
-            for part in parts:
-                kind: Any = part[0]
-                into[f"{site.path}_lora_{part}"] = site.layout.to_leaf(start[kind], kind, site.rank)
+        for part in (*site.trained, *site.frozen):
+            kind: Any = part[0]
+            leaf = site.layout.to_leaf(start[kind], kind, site.rank)
+            # A copy: the step donates what is trained, and must not take the start with it.
+            leaves[f"{site.path}_lora_{part}"] = jnp.array(leaf, copy=part in site.frozen)
     for saved in spec.saved:
         value = saved.taken(_value(saved.path, base[saved.path]))
         # A copy: the step donates the adapter's buffers, and must not take the base's with them.
-        trained[saved.leaf_path] = jnp.array(value, dtype, copy=True)
-    boxed = (
-        tree.nested({path: boxed_like(base, spec, path, leaf) for path, leaf in leaves.items()})
-        for leaves in (trained, frozen)
-    )
-    params, kept = boxed
-    return Adapter(params, spec, jax.tree.map(lambda x: jnp.array(x, copy=True), kept))
+        leaves[saved.leaf_path] = jnp.array(value, dtype, copy=True)
+    return spec.adapter({path: boxed_like(base, spec, path, x) for path, x in leaves.items()})
 
 
 def _draw(key: Array, site: Site, kernel: Any, name: str) -> tuple[Array, Array]:
     """A and B as (*stack, *core)."""
     layout = site.layout
-    shape_a, shape_b = ((*layout.sizes("s"), *layout.core_shape(p, site.rank)) for p in ("a", "b"))
+    shape_a, shape_b = (layout.full_shape(part, site.rank) for part in ("a", "b"))
     draw = initializer(name).draw
     if not site.keeps_start and site.lookup:  # the zero factor is the one that is looked up
         return jnp.zeros(shape_a), jax.random.normal(key, shape_b)
@@ -108,8 +103,8 @@ def _check_identity(site: Site, a: Array, b: Array, name: str) -> None:
     """Raises ConfigError if concrete factors have a product that is not zero up to rounding."""
     if isinstance(a, Tracer) or isinstance(b, Tracer):
         return
-    outputs = site.layout.count("o") // max(1, len(site.layout.blocks))
-    a, b = (x.reshape(-1, site.rank, n) for x, n in ((a, site.layout.count("i")), (b, outputs)))
+    sizes = site.layout.count("i"), site.layout.block_outputs
+    a, b = (x.reshape(-1, site.rank, n) for x, n in zip((a, b), sizes, strict=True))
     with jax.default_matmul_precision("highest"):
         probe = jnp.sum(a, -1)  # the low-rank values of an input of ones
         out = jnp.einsum("nr,nro->no", probe, b)

@@ -84,7 +84,7 @@ def kaiming(key: Array, site: Site, kernel: Array) -> Array:
 @register_init("gaussian")
 def gaussian(key: Array, site: Site, kernel: Array) -> Array:
     """N(0, (1/rank)^2), as in PEFT."""
-    return jax.random.normal(key, _shape(site, "a")) / site.rank
+    return jax.random.normal(key, site.layout.full_shape("a", site.rank)) / site.rank
 
 
 @register_init("zero_free", keeps_start=True)
@@ -95,7 +95,8 @@ def zero_free(key: Array, site: Site, kernel: Array) -> Factors:
     """
     key_a, key_b = jax.random.split(key)
     bound = 1 / math.sqrt(site.rank)
-    b = jax.random.uniform(key_b, _shape(site, "b"), minval=-bound, maxval=bound)
+    shape = site.layout.full_shape("b", site.rank)
+    b = jax.random.uniform(key_b, shape, minval=-bound, maxval=bound)
     return _uniform(key_a, site), b
 
 
@@ -116,8 +117,7 @@ def orthogonal(key: Array, site: Site, kernel: Array) -> Factors:
     lead = (*layout.sizes("s"), *layout.sizes("b"), blocks)
     q = jax.random.orthogonal(key_q, site.rank, lead)
     with jax.default_matmul_precision("highest"):
-        inputs = layout.count("i")
-        outputs = layout.count("o") // max(1, len(layout.blocks))
+        inputs, outputs = layout.count("i"), layout.block_outputs
         a = jnp.swapaxes(q[..., 0::2, :], -1, -2) @ jax.random.normal(key_a, (*lead, half, inputs))
         b = jnp.swapaxes(q[..., 1::2, :], -1, -2) @ jax.random.normal(key_b, (*lead, half, outputs))
     return a / 10, b / 10
@@ -174,7 +174,8 @@ def _eva(key: Array, site: Site, kernel: Array) -> Array:
 
 def _uniform(key: Array, site: Site) -> Array:
     bound = 1 / math.sqrt(site.layout.count("i"))
-    return jax.random.uniform(key, _shape(site, "a"), minval=-bound, maxval=bound)
+    shape = site.layout.full_shape("a", site.rank)
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
 def _balanced(site: Site, u: Array, s: Array, vt: Array) -> Factors:
@@ -194,7 +195,3 @@ def _at_most(site: Site, rank: int) -> int:
 
 def _matrices(site: Site, kernel: Array) -> Array:
     return site.layout.matrices(tree.unboxed(kernel)).astype(jnp.float32)
-
-
-def _shape(site: Site, part: str) -> tuple[int, ...]:
-    return (*site.layout.sizes("s"), *site.layout.core_shape(part, site.rank))  # type: ignore[arg-type]

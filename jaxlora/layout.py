@@ -76,6 +76,11 @@ class KernelLayout:
         return "".join(c for c, r in zip(of, self.roles, strict=True) if r == role)
 
     @property
+    def block_outputs(self) -> int:
+        """The number of outputs of B: those of one block where the kernel is fused."""
+        return self.count("o") // max(1, len(self.blocks))
+
+    @property
     def own_shape(self) -> tuple[int, ...]:
         """The shape of the kernel as its module sees it."""
         return tuple(self.shape[axis] for axis in self._own_and_stacked()[0])
@@ -108,6 +113,10 @@ class KernelLayout:
         labels = self._canonical(part)[len(self.stack) :]
         return tuple(self._size(x, part, rows) for x in labels)
 
+    def full_shape(self, part: Part, rank: int) -> tuple[int, ...]:
+        """(*stack, *core): the shape that `to_leaf` takes and `from_leaf` gives."""
+        return (*self.sizes("s"), *self.core_shape(part, rank))
+
     def to_leaf(self, x: Array, part: Part, rank: int) -> Array:
         """From (*stack, *core) to the leaf's shape."""
         order = self._canonical(part)
@@ -137,7 +146,7 @@ class KernelLayout:
         x = x.reshape(*x.shape[:at], blocks, x.shape[at] // blocks, *x.shape[at + 1 :])
         x = jnp.moveaxis(x, at, self.rank_axis)
         x = jnp.compress(np.array(self.blocks), x, self.rank_axis)
-        return x.reshape(*lead, sum(self.blocks), self.count("i"), self.count("o") // blocks)
+        return x.reshape(*lead, sum(self.blocks), self.count("i"), self.block_outputs)
 
     def spread(self, b: Array) -> Array:
         """B over all the outputs of a fused kernel: each row is zero outside its own block.

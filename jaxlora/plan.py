@@ -46,9 +46,7 @@ class Plan:
     @property
     def num_total(self) -> int:
         """The base's parameters and the factors'; a leaf trained in full counts once."""
-        replaced = sum(math.prod(leaf.leaf_shape) for leaf in self.spec.saved)
-        frozen = sum(math.prod(shape) for shape in self.spec.frozen_shapes.values())
-        return self.num_base + self.num_trainable + frozen - replaced
+        return self.spec.total(self.num_base)
 
     @property
     def nbytes(self) -> int:

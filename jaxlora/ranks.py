@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlora import algebra
 from jaxlora.adapter import Adapter
-from jaxlora.errors import ConfigError, optional
+from jaxlora.errors import optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +108,7 @@ def used_ranks(adapter: Adapter, *, energy: float = 0.99) -> UsedRanks:
       kernel     2     0       0.00          0
       used: singular values that hold 99% of the energy
     """
-    if not 0 < energy <= 1:
-        raise ConfigError(f"energy is {energy}, expected a share in (0, 1].")
+    algebra.check_energy(energy)
     rows = []
     for path, found in algebra.singular_values(adapter).items():
         for index in np.ndindex(found.shape[:-1]):
