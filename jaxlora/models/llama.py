@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023) in Flax Linen, and Mistral, Qwen2, Qwen3 and SmolLM2 as configs of it."""
+"""Llama (Touvron et al. 2023) in Flax Linen; Mistral, Qwen2, Qwen3 and SmolLM2 by its config."""
 
 import dataclasses
 import math
@@ -191,7 +191,7 @@ class Llama(nn.Module):
 
     config: LlamaConfig
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: D102 (a tied head reads the table too)
         c = self.config
         self.embed_tokens = layers.embed(c, c.vocab_size, c.hidden_size, "embed_tokens")
 
@@ -212,8 +212,8 @@ class Llama(nn.Module):
 
         Args:
           input_ids: integers (batch, seq).
-          attention_mask: integers (batch, seq), zero for padding. Tokens attend to earlier tokens of
-            the same number: number the sequences of a packed row 1, 2, 3, … . Default: ones.
+          attention_mask: integers (batch, seq), zero for padding. Tokens attend to earlier tokens
+            of the same number: number the sequences of a packed row 1, 2, 3, … . Default: ones.
           position_ids: integers (batch or 1, seq); default: each token's place in its sequence,
             padding not counted.
           cache: what was seen before these tokens, from `empty_cache` or an earlier call.
