@@ -15,8 +15,8 @@ class Cache:
     """What a causal model keeps of the tokens it has seen.
 
     Attributes:
-      kv: each layer's (keys, values), both (batch, length, kv_heads, width): a tuple with one pair a
-        layer, or one pair stacked on axis 0 where the layers are scanned.
+      kv: each layer's (keys, values), both (batch, length, kv_heads, width): a tuple with one pair
+        a layer, or one pair stacked on axis 0 where the layers are scanned.
       segments: integers (batch, length): zero where a slot holds no token.
       index: how many slots are used: an int32 scalar, the same for all rows (pad on the left).
     """

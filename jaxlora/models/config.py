@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeGuard
 
 import flax.linen as nn
 import jax
@@ -138,5 +138,5 @@ def check_divides(config: ModelConfig, whole: str, parts: str) -> None:
         raise ConfigError(f"{whole} is {a}, expected a multiple of {parts}, {b}.")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

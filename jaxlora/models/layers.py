@@ -99,7 +99,13 @@ def attend(
 
 
 def run_layers(
-    c: ModelConfig, layer: type[nn.Module], name: str, x: Array, kv: Any, *shared: Any, **fields: Any
+    c: ModelConfig,
+    layer: Any,
+    name: str,
+    x: Array,
+    kv: Any,
+    *shared: Any,
+    **fields: Any,
 ) -> tuple[Array, Any]:
     """Runs a model's layers one after another, unrolled or scanned, with remat if asked for.
 
@@ -108,8 +114,8 @@ def run_layers(
       layer: a module `layer(c, **fields)(x, kv, *shared) -> (x, kv)`.
       name: `{name}_0`, `{name}_1`, … are the layers' scopes; `{name}` that of the scanned one.
       x: the input of the first layer.
-      kv: what each layer has for itself, such as its keys and values: a tuple with one tree a layer,
-        or stacked on axis 0 where the layers are scanned; None for nothing.
+      kv: what each layer has for itself, such as its keys and values: a tuple with one tree a
+        layer, or stacked on axis 0 where the layers are scanned; None for nothing.
       *shared: what all layers are given.
       **fields: further fields of the module.
 
@@ -125,11 +131,12 @@ def run_layers(
             x, own = layer(c, **fields, name=f"{name}_{n}")(x, own, *shared)
             out.append(own)
         return x, None if kv is None else tuple(out)
-    scanned = nn.scan(
+    axes: Any = (0, *[nn.broadcast] * len(shared))
+    scanned: Any = nn.scan(
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, *[nn.broadcast] * len(shared)),
+        in_axes=axes,
         length=c.num_layers,
         metadata_params={nn.PARTITION_NAME: None},
     )
@@ -168,9 +175,7 @@ def last_token(x: Array, mask: Array) -> Array:
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
 
-def check_inputs(
-    input_ids: Array, length: int | None, limit: str, **others: Array | None
-) -> None:
+def check_inputs(input_ids: Array, length: int | None, limit: str, **others: Array | None) -> None:
     """Checks shapes and dtypes of a text model's inputs. Values cannot be seen while tracing.
 
     Args:

@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023) in Flax Linen, and Mistral, Qwen2, Qwen3 and SmolLM2 as configs of it."""
+"""Llama (Touvron et al. 2023) in Flax Linen; Mistral, Qwen2, Qwen3 and SmolLM2 by its config."""
 
 import dataclasses
 import math
@@ -97,7 +97,13 @@ class LlamaConfig(ModelConfig):
                 )
         if fields.get("model_type") == "qwen3":
             fields.setdefault("head_dim", 128)
-        return super().from_dict({k: v for k, v in fields.items() if v is not None})
+        config = super().from_dict({k: v for k, v in fields.items() if v is not None})
+        # Values that are what None means: one config has one form.
+        if config.head_dim and config.head_dim * config.num_attention_heads == config.hidden_size:
+            config = dataclasses.replace(config, head_dim=None)
+        if config.num_key_value_heads == config.num_attention_heads:
+            config = dataclasses.replace(config, num_key_value_heads=None)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of Hugging Face's config.json."""
@@ -191,7 +197,7 @@ class Llama(nn.Module):
 
     config: LlamaConfig
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: D102 (a tied head reads the table too)
         c = self.config
         self.embed_tokens = layers.embed(c, c.vocab_size, c.hidden_size, "embed_tokens")
 
@@ -212,8 +218,8 @@ class Llama(nn.Module):
 
         Args:
           input_ids: integers (batch, seq).
-          attention_mask: integers (batch, seq), zero for padding. Tokens attend to earlier tokens of
-            the same number: number the sequences of a packed row 1, 2, 3, … . Default: ones.
+          attention_mask: integers (batch, seq), zero for padding. Tokens attend to earlier tokens
+            of the same number: number the sequences of a packed row 1, 2, 3, … . Default: ones.
           position_ids: integers (batch or 1, seq); default: each token's place in its sequence,
             padding not counted.
           cache: what was seen before these tokens, from `empty_cache` or an earlier call.

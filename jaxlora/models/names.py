@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -65,21 +64,10 @@ class Names:
             return tuple(range(ndim))
         return (*range(2, ndim), 1, 0)
 
-    def to_torch(self, path: str, leaf: Any) -> dict[str, np.ndarray]:
-        """One leaf as torch's tensors: one, or one a layer of a stack.
-
-        Raises:
-          KeyError: the model has no such leaf.
-        """
-        name = self.torch_name(path)
-        if name is None:
-            raise KeyError(path)
-        array = np.asarray(leaf)
-        slices = {name.format(n): x for n, x in enumerate(array)} if "{}" in name else {name: array}
-        return {
-            n: np.ascontiguousarray(np.transpose(x, np.argsort(self.torch_axes(path, x.ndim))))
-            for n, x in slices.items()
-        }
+    def transposed(self, path: str, array: np.ndarray) -> np.ndarray:
+        """A leaf, or one layer of a stack, with torch's order of axes."""
+        axes = self.torch_axes(path, array.ndim)
+        return np.ascontiguousarray(np.transpose(array, np.argsort(axes)))
 
     def _module_name(self, path: str) -> str | None:
         if path in self.modules:
