@@ -145,9 +145,12 @@ def forward(
     cache: Any,
 ) -> tuple[Array, Any]:
     """The last token's logits in float32 (rows, vocab), and the cache with the tokens in it."""
-    call = model.apply if adapter is None else functools.partial(lora_apply, model)
-    first = (variables,) if adapter is None else (variables, adapter)
-    logits, cache = call(*first, ids, mask, cache=cache, last=1)
+    given: dict[str, Any] = {"cache": cache, "last": 1}
+    if adapter is None:
+        found: Any = model.apply(variables, ids, mask, **given)
+    else:
+        found = lora_apply(model, variables, adapter, ids, mask, **given)
+    logits, cache = found
     return logits[:, -1].astype(jnp.float32), cache
 
 

@@ -18,6 +18,7 @@ from jaxlora.sampling import Sampling
 from jaxlora.text import Writer, default_eos, to_ids, to_stops
 
 Array = jax.Array
+Ended = Literal["eos", "stop", "length"]
 _LEAST = 16  # the smallest bucket
 _CHUNK = 16  # tokens between two looks for a stop string
 
@@ -36,7 +37,7 @@ class Generated:
     """
 
     ids: list[list[int]]
-    ended: list[Literal["eos", "stop", "length"]]
+    ended: list[Ended]
     text: list[str] | None = None
     beams: list[list[tuple[list[int], float]]] | None = None
 
@@ -67,7 +68,7 @@ def generate(
     Args:
       model: a causal model: `model.apply(variables, ids, attention_mask, cache=, last=)` gives
         (logits, cache), `model.empty_cache(batch, length)` a cache, and `model.config` says its
-        `vocab_size` and, if it has one, `max_position_embeddings`.
+        `vocab_size` and its `max_position_embeddings` or `n_positions`.
       variables: `{"params": base}` as for `model.apply`.
       prompts: one item a row: a string, a chat (a list of `{"role": …, "content": …}`, through the
         tokenizer's chat template), or token ids without padding.
@@ -92,7 +93,7 @@ def generate(
     Raises:
       ConfigError: an option that cannot mean anything, or a tokenizer is missing.
       ModelError: the model is no causal model; an empty prompt, a token id past the vocabulary, or
-        a prompt that, with the new tokens, is longer than `max_position_embeddings`.
+        a prompt that, with the new tokens, is longer than the config's positions.
       AdapterError: the adapter does not fit.
 
     Example:
@@ -117,16 +118,17 @@ def generate(
         )
     rows = _rows(model, prompts, tokenizer, max_new_tokens)
     eos = _eos(eos_id, tokenizer, _size(model, "vocab_size"))
-    ids, mask = _padded(rows, _size(model, "max_position_embeddings"))
-    key = jax.random.key(0) if key is None else key
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    width, most = _buckets(max(map(len, rows)), max_new_tokens, _context(model))
+    ids, mask = _padded(rows, width)
+    seed = jax.random.key(0) if key is None else key
+    if not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        seed = jax.random.wrap_key_data(seed)
     rules = decode.Rules(
         filters=sampling.filters,
         eos=jnp.array(eos or [-1], jnp.int32),
-        keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(rows))),
+        keys=jax.vmap(lambda row: jax.random.fold_in(seed, row))(jnp.arange(len(rows))),
     )
-    most, until = _bucket(max_new_tokens), jnp.int32(max_new_tokens)
+    until = jnp.int32(max_new_tokens)
     given = (model, variables, adapter)
     if num_beams > 1:
         penalty = jnp.float32(length_penalty)
@@ -147,7 +149,7 @@ def generate(
         rest = writer.close()
         if stream and rest:
             stream(row, [], rest)
-    ended = [_ended(w.ids, eos, w.stopped) for w in writers]
+    ended: list[Ended] = [_ended(w.ids, eos, w.stopped) for w in writers]
     text = None if tokenizer is None else [w.text for w in writers]
     return Generated(ids=[w.ids for w in writers], ended=ended, text=text)
 
@@ -185,24 +187,28 @@ def _best(found: beam.Beams, eos: Sequence[int], tokenizer: Any) -> Generated:
     text = None
     if tokenizer is not None:
         text = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-    return Generated(ids=ids, ended=[_ended(i, eos) for i in ids], text=text, beams=beams)
+    ended: list[Ended] = [_ended(row, eos) for row in ids]
+    return Generated(ids=ids, ended=ended, text=text, beams=beams)
 
 
-def _ended(
-    ids: list[int], eos: Sequence[int], stopped: bool = False
-) -> Literal["eos", "stop", "length"]:
+def _ended(ids: list[int], eos: Sequence[int], stopped: bool = False) -> Ended:
     return "stop" if stopped else "eos" if ids[-1] in eos else "length"
 
 
-def _bucket(length: int) -> int:
-    """The power of two that is not below it."""
-    return max(_LEAST, 1 << (length - 1).bit_length())
+def _buckets(prompt: int, new: int, context: int | None) -> tuple[int, int]:
+    """The sizes that a prompt's length and a number of new tokens are padded to.
+
+    Powers of two, or less where both together would be longer than the context.
+    """
+    width, most = (max(_LEAST, 1 << (n - 1).bit_length()) for n in (prompt, new))
+    if context is not None:
+        width = min(width, context - new)
+        most = min(most, context - width)
+    return width, most
 
 
-def _padded(rows: list[list[int]], context: int | None) -> tuple[Array, Array]:
-    """Ids and mask (batch, bucket) of the prompts, padded on the left."""
-    longest = max(map(len, rows))
-    width = _bucket(longest) if context is None else max(longest, min(_bucket(longest), context))
+def _padded(rows: list[list[int]], width: int) -> tuple[Array, Array]:
+    """Ids and mask (batch, width) of the prompts, padded on the left."""
     ids, mask = np.zeros((2, len(rows), width), np.int32)
     for n, row in enumerate(rows):
         ids[n, width - len(row) :], mask[n, width - len(row) :] = row, 1
@@ -224,7 +230,7 @@ def _rows(
             "[prompt] for one."
         )
     rows = [to_ids(prompt, row, tokenizer) for row, prompt in enumerate(prompts)]
-    vocab, context = _size(model, "vocab_size"), _size(model, "max_position_embeddings")
+    vocab, context = _size(model, "vocab_size"), _context(model)
     for n, ids in enumerate(rows):
         if not ids:
             raise ModelError(f"Prompt {n} is empty, expected at least one token.")
@@ -237,7 +243,7 @@ def _rows(
         if context is not None and len(ids) + max_new_tokens > context:
             raise ModelError(
                 f"Prompt {n} has {len(ids)} tokens and {max_new_tokens} are to follow, expected at "
-                f"most {context} together, the config's max_position_embeddings. Shorten the "
+                f"most {context} together, the positions of the config. Shorten the "
                 "prompt, or lower max_new_tokens."
             )
     return rows
@@ -245,6 +251,11 @@ def _rows(
 
 def _size(model: nn.Module, name: str) -> int | None:
     return getattr(getattr(model, "config", None), name, None)
+
+
+def _context(model: nn.Module) -> int | None:
+    """How many tokens there may be, as the configs of Llama and of GPT-2 call it."""
+    return _size(model, "max_position_embeddings") or _size(model, "n_positions")
 
 
 def _eos(eos_id: Any, tokenizer: Any, vocab: int | None) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 import jaxlora as jl
 from jaxlora import beam, decode, tree
 from jaxlora.errors import AdapterError, ConfigError, ModelError
+from jaxlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from jaxlora.models.llama import NAMES, LlamaConfig, LlamaForCausalLM
-from jaxlora.sampling import Sampling, filtered, penalized
+from jaxlora.sampling import Sampling, choose, filtered, penalized
 from jaxlora.text import Writer, to_stdout
 
 REFERENCE = Path(__file__).parent / "references" / "generate_tiny.npz"
@@ -23,7 +25,7 @@ CONFIG = LlamaConfig(
     vocab_size=29,
     hidden_size=16,
     intermediate_size=24,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=96,
@@ -53,12 +55,14 @@ def adapter_of(model: Any, variables: Any, seed: int = 1) -> jl.Adapter:
     return jax.tree.unflatten(rest, noisy)
 
 
-def by_hand(model: Any, apply: Any, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens without a cache, padding or loop."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(jnp.argmax(apply(jnp.array([ids]))[0, -1])))
-    return ids[len(prompt) :]
+def by_hand(model: Any, variables: Any, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens without a cache, a mask or a loop on the device."""
+    apply = jax.jit(lambda ids: model.apply(variables, ids)[0])
+    ids = np.zeros((1, len(prompt) + count), int)  # later tokens do not change earlier logits
+    ids[0, : len(prompt)] = prompt
+    for at in range(len(prompt), ids.size):
+        ids[0, at] = int(jnp.argmax(apply(ids)[at - 1]))
+    return ids[0, len(prompt) :].tolist()
 
 
 class Pieces:
@@ -119,10 +123,10 @@ def reference_model(**options: Any) -> tuple[Any, dict[str, Any]]:
 
 
 CASES = sorted({name.partition("/")[0] for name in reference("cases/")})
+RUNS = [(name, False) for name in CASES] + [("greedy", True), ("beams4", True)]
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "scan"), RUNS)
 def test_tokens_and_scores_are_torchs(name, scan):
     model, variables = reference_model(scan_layers=scan)
     case = reference(f"cases/{name}/")
@@ -154,7 +158,8 @@ def test_the_references_end_early_late_and_by_every_case():
     lengths = {name: (reference(f"cases/{name}/")["tokens"] >= 0).sum(-1) for name in CASES}
     assert lengths["greedy"].min() < lengths["greedy"].max()
     assert (lengths["beams3_eos"] < 12).all(axis=1).any()  # a row that is through before the end
-    assert len({lengths[f"beams4{kind}"].tobytes() for kind in ("", "_long", "_none")}) == 3
+    tokens = {name: reference(f"cases/{name}/")["tokens"].tobytes() for name in CASES}
+    assert len(set(tokens.values())) >= len(CASES) - 1  # greedy ends by one eos or by three
 
 
 WARPERS = {
@@ -182,31 +187,35 @@ def test_the_filters_are_torchs(name):
 # Greedy.
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-def test_a_padded_batch_gives_what_each_row_gives_alone(scan, dtype):
-    model = LlamaForCausalLM(dataclasses.replace(CONFIG, scan_layers=scan, dtype=dtype))
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scan_layers": True}, {"dtype": "bfloat16"}],
+    ids=["unrolled", "scanned", "bfloat16"],
+)
+def test_a_padded_batch_gives_what_each_row_gives_alone(options):
+    model = LlamaForCausalLM(dataclasses.replace(CONFIG, **options))
     variables = init(model)
     out = jl.generate(model, variables, PROMPTS, max_new_tokens=9)
     alone = [jl.generate(model, variables, [row], max_new_tokens=9).ids[0] for row in PROMPTS]
     assert out.ids == alone
-    if dtype == "float32":
-        apply = jax.jit(lambda ids: model.apply(variables, ids))
-        assert alone[0] == by_hand(model, apply, PROMPTS[0], 9)
+    if "dtype" not in options:
+        assert alone[0] == by_hand(model, variables, PROMPTS[0], 9)
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_an_adapter_gives_what_its_merged_params_give_and_not_the_base(scan):
-    model = LlamaForCausalLM(dataclasses.replace(CONFIG, scan_layers=scan))
+    model = LlamaForCausalLM(dataclasses.replace(CONFIG, scan_layers=scan, num_hidden_layers=2))
     variables = init(model)
     adapter = adapter_of(model, variables)
     out = jl.generate(model, variables, PROMPTS, adapter=adapter, max_new_tokens=9)
     merged = {"params": jl.merge(variables["params"], adapter)}
     assert out.ids == jl.generate(model, merged, PROMPTS, max_new_tokens=9).ids
     assert out.ids != jl.generate(model, variables, PROMPTS, max_new_tokens=9).ids
-    beams = jl.generate(model, variables, PROMPTS, adapter=adapter, max_new_tokens=9, num_beams=3)
-    found = jl.generate(model, merged, PROMPTS, max_new_tokens=9, num_beams=3)
-    assert beams.ids == found.ids
+    if scan:
+        beams = jl.generate(
+            model, variables, PROMPTS, adapter=adapter, max_new_tokens=9, num_beams=3
+        )
+        assert beams.ids == jl.generate(model, merged, PROMPTS, max_new_tokens=9, num_beams=3).ids
 
 
 def test_a_quantized_base_gives_what_its_dequantized_params_give():
@@ -297,7 +306,7 @@ def test_draws_follow_the_distribution():
     keys = jax.random.split(KEY, 4000)
     filters = Sampling(temperature=0.5, top_k=2).filters
     rows = jnp.broadcast_to(logits, (4000, 4))
-    drawn = jl.sampling.choose(rows, jnp.zeros((4000, 4), bool), filters, keys)
+    drawn = choose(rows, jnp.zeros((4000, 4), bool), filters, keys)
     share = np.bincount(np.asarray(drawn), minlength=4) / 4000
     # 0.25 : 0.09; four standard deviations of 4,000 draws.
     np.testing.assert_allclose(share, [0.735, 0.265, 0, 0], atol=0.028)
@@ -472,7 +481,7 @@ def test_streaming_without_a_tokenizer_gives_ids():
 
 @pytest.mark.parametrize("chunk", [1, 3, 16])
 def test_a_stop_string_ends_its_row_where_it_is_complete(chunk, monkeypatch):
-    monkeypatch.setattr("jaxlora.generate._CHUNK", chunk)
+    monkeypatch.setattr(sys.modules["jaxlora.generate"], "_CHUNK", chunk)
     options = {"sampling": HOT, "key": KEY, "max_new_tokens": 40, "tokenizer": Pieces()}
     free = jl.generate(MODEL, VARIABLES, PROMPTS, **options)
     assert free.text is not None
@@ -512,7 +521,7 @@ def test_the_first_row_is_written_to_the_terminal(capsys):
 
 # Errors.
 
-ANY: Any = None
+NOT_ONE: Any = {"a": jnp.zeros(1)}
 
 
 @pytest.mark.parametrize(
@@ -535,8 +544,23 @@ def test_a_prompt_that_cannot_be_continued(prompts, error, match):
         jl.generate(MODEL, VARIABLES, prompts, max_new_tokens=7)
 
 
-def test_a_prompt_that_just_fits():
-    assert len(jl.generate(MODEL, VARIABLES, [[1] * 90], max_new_tokens=6).ids[0]) == 6
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_context_can_be_filled_to_its_end(name):
+    sizes = {"vocab_size": 29, "initializer_range": 0.5}
+    if name == "llama":
+        model = LlamaForCausalLM(dataclasses.replace(CONFIG, max_position_embeddings=24))
+    else:
+        config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=24, **sizes)
+        model = GPT2LMHeadModel(config)
+    variables = init(model)
+    prompts = [[1, 2, 3] * 6, [4]]
+    out = jl.generate(model, variables, prompts, max_new_tokens=6)
+    assert out.ids[0] == by_hand(model, variables, prompts[0], 6)
+    assert out.ids[1] == by_hand(model, variables, prompts[1], 6)
+    best = jl.generate(model, variables, prompts, max_new_tokens=6, num_beams=2)
+    assert [len(row) for row in best.ids] == [6, 6]
+    with pytest.raises(ModelError, match="18 tokens and 7 are to follow, expected at most 24"):
+        jl.generate(model, variables, prompts, max_new_tokens=7)
 
 
 @pytest.mark.parametrize(
@@ -596,4 +620,4 @@ def test_a_model_or_adapter_that_does_not_fit():
     with pytest.raises(ModelError, match=r"Bare params go in as"):
         jl.generate(MODEL, VARIABLES["params"], PROMPTS)
     with pytest.raises(AdapterError, match="where the adapter belongs"):
-        jl.generate(MODEL, VARIABLES, PROMPTS, adapter=ANY or {"a": jnp.zeros(1)})
+        jl.generate(MODEL, VARIABLES, PROMPTS, adapter=NOT_ONE)

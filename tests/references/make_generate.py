@@ -14,6 +14,7 @@ and `scores`; `logits`, and what each warper keeps of them. `generate_smollm2.np
 
 # torch is not among the project's dependencies.
 # pyright: reportMissingImports=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 
 import json
 import sys
