@@ -53,6 +53,7 @@ OPTIONAL = (
     "rich",
     "tyro",
     "qwix",
+    "gguf",
 )
 
 
