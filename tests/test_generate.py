@@ -173,7 +173,7 @@ def test_the_references_end_early_late_and_by_every_case():
 
 
 def test_smollm2_says_what_torch_makes_it_say():
-    # The nearest two logits of the 20 texts' steps are 0.004 apart, so float32 decides none of them.
+    # The nearest two logits of all steps are 0.004 apart: rounding decides no token.
     with np.load(SMOLLM2) as file:
         ref = {name: file[name] for name in file.files}
     assert ref["gaps"].min() > 1e-3

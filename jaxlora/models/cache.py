@@ -118,7 +118,8 @@ def extend(own: Any, index: Array | None, k: Array, v: Array) -> tuple[Array, Ar
     Args:
       own: the layer's pair, a `Slice` of all layers', or None without a cache.
       index: the first slot to write.
-      k, v: the keys and values of this call's tokens.
+      k: the keys of this call's tokens.
+      v: their values.
 
     Returns:
       The keys and values to attend to, and what the cache keeps.
