@@ -269,7 +269,7 @@ def test_a_quantized_base_gives_what_its_dequantized_params_give():
 
 def test_a_row_ends_with_its_eos_and_the_others_go_on():
     free = jl.generate(MODEL, VARIABLES, PROMPTS, max_new_tokens=12)
-    eos = free.ids[0][4]
+    eos = next(token for token in free.ids[0] if token not in free.ids[1])
     out = jl.generate(MODEL, VARIABLES, PROMPTS, max_new_tokens=12, eos_id=eos)
     for got, whole, why in zip(out.ids, free.ids, out.ended, strict=True):
         end = whole.index(eos) + 1 if eos in whole else 12
@@ -580,21 +580,25 @@ def test_a_prompt_that_cannot_be_continued(prompts, error, match):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_context_can_be_filled_to_its_end(name):
-    sizes = {"vocab_size": 29, "initializer_range": 0.5}
+    prompts = [[1, 2, 3] * 6, [4], [5, 6]]
     if name == "llama":
-        model = LlamaForCausalLM(dataclasses.replace(CONFIG, max_position_embeddings=24))
+        short, long = (
+            LlamaForCausalLM(dataclasses.replace(CONFIG, max_position_embeddings=n))
+            for n in (24, 96)
+        )
+        variables = VARIABLES
+        expected = jl.generate(long, variables, prompts, max_new_tokens=6).ids
     else:
-        config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=24, **sizes)
-        model = GPT2LMHeadModel(config)
-    variables = init(model)
-    prompts = [[1, 2, 3] * 6, [4]]
-    out = jl.generate(model, variables, prompts, max_new_tokens=6)
-    assert out.ids[0] == by_hand(model, variables, prompts[0], 6)
-    assert out.ids[1] == by_hand(model, variables, prompts[1], 6)
-    best = jl.generate(model, variables, prompts, max_new_tokens=6, num_beams=2)
-    assert [len(row) for row in best.ids] == [6, 6]
+        short = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=29, n_embd=16, n_layer=1, n_head=2, n_positions=24, initializer_range=0.5
+            )
+        )
+        variables = init(short)
+        expected = [by_hand(short, variables, prompt, 6) for prompt in prompts]
+    assert jl.generate(short, variables, prompts, max_new_tokens=6).ids == expected
     with pytest.raises(ModelError, match="18 tokens and 7 are to follow, expected at most 24"):
-        jl.generate(model, variables, prompts, max_new_tokens=7)
+        jl.generate(short, variables, prompts, max_new_tokens=7)
 
 
 @pytest.mark.parametrize(
