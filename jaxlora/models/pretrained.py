@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.errors import CheckpointError, ConfigError, listing, nearest
-from jaxlora.models import bert, gpt2, hub, llama, weights
+from jaxlora.models import bert, gpt2, hub, llama, roberta, weights
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.names import Names
 
@@ -44,6 +44,8 @@ class Architecture:
         as the class names here do.
       fresh: scopes of heads that a checkpoint may lack, to be drawn anew.
       other: pattern of tensors that are no params of ours: buffers, and heads that we do not have.
+      optional: pattern of tensors, without the base's prefix, that are left where the config has no
+        use for them.
       row_parallel: pattern of modules whose kernel is sharded along its input under tensor
         parallelism, so that its layer sums over devices.
       example: the shapes of the inputs that a model is initialized with.
@@ -55,6 +57,7 @@ class Architecture:
     torch_classes: Mapping[str, str]
     fresh: tuple[str, ...] = ()
     other: str = r"(?!)"
+    optional: str = r"(?!)"
     row_parallel: str = r"(?!)"
     example: Callable[[Any], jax.ShapeDtypeStruct] = lambda _: jax.ShapeDtypeStruct(
         (1, 1), jnp.int32
@@ -105,7 +108,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         torch_classes={"gpt2": "GPT2"},
         fresh=("score",),
         other=r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias$",
-        row_parallel=r".*c_proj",
+        row_parallel=r"(attn|mlp)/c_proj",
+    ),
+    "roberta": Architecture(
+        config=roberta.RobertaConfig,
+        names=roberta.NAMES,
+        heads={
+            "classification": roberta.RobertaForSequenceClassification,
+            "token": roberta.RobertaForTokenClassification,
+            "none": roberta.Roberta,
+        },
+        torch_classes={
+            "roberta": "Roberta",
+            "xlm-roberta": "XLMRoberta",
+            "camembert": "Camembert",
+        },
+        fresh=("pooler", "classifier"),
+        other=r"qa_outputs\.|(roberta\.)?embeddings\.position_ids$",
+        row_parallel=r"attention/out|mlp/down",
     ),
 }
 """The models that there are. A further one is a file beside these and an entry here."""
@@ -201,6 +221,8 @@ def from_pretrained(
     wanted = {path: leaf for path, leaf in leaves.items() if path not in fresh}
     heads = {*arch.fresh, "lm_head"}
     stored = {b: n for b, n in stored.items() if _top(b) in used or _top(b) not in heads}
+    bares = {arch.names.bare(arch.names.torch_name(path) or path) for path in leaves}
+    stored = {b: n for b, n in stored.items() if b in bares or not re.match(arch.optional, b)}
     _check_labels(tensors, arch, stored, wanted)
     shardings = None
     if mesh is not None:
