@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.errors import CheckpointError, ConfigError, listing, nearest
-from jaxlora.models import bert, gpt2, hub, llama, roberta, weights
+from jaxlora.models import bert, deberta, gpt2, hub, llama, roberta, weights
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.names import Names
 
@@ -125,6 +125,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fresh=("pooler", "classifier"),
         other=r"qa_outputs\.|(roberta\.)?embeddings\.position_ids$",
+        row_parallel=r"attention/out|mlp/down",
+    ),
+    "deberta-v2": Architecture(
+        config=deberta.DebertaConfig,
+        names=deberta.NAMES,
+        heads={
+            "classification": deberta.DebertaForSequenceClassification,
+            "token": deberta.DebertaForTokenClassification,
+            "none": deberta.Deberta,
+        },
+        torch_classes={"deberta-v2": "DebertaV2"},
+        fresh=("pooler", "classifier"),
+        other=r"(lm|mask)_predictions\.|cls\.|qa_outputs\.|(deberta\.)?embeddings\.position_ids$",
+        optional=r"embeddings\.position_embeddings\.",
         row_parallel=r"attention/out|mlp/down",
     ),
 }
