@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.errors import CheckpointError, ConfigError, listing, nearest
-from jaxlora.models import bert, deberta, gpt2, hub, llama, roberta, weights
+from jaxlora.models import bert, deberta, gpt2, hub, llama, roberta, vit, weights
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.names import Names
 
@@ -140,6 +140,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         other=r"(lm|mask)_predictions\.|cls\.|qa_outputs\.|(deberta\.)?embeddings\.position_ids$",
         optional=r"embeddings\.position_embeddings\.",
         row_parallel=r"attention/out|mlp/down",
+    ),
+    "vit": Architecture(
+        config=vit.ViTConfig,
+        names=vit.NAMES,
+        heads={"classification": vit.ViTForImageClassification, "none": vit.ViT},
+        torch_classes={"vit": "ViT"},
+        fresh=("pooler", "classifier"),
+        other=r"(vit\.)?embeddings\.mask_token$|decoder\.",
+        row_parallel=r"attention/out|mlp/down",
+        example=lambda c: jax.ShapeDtypeStruct((1, *c.image_shape), jnp.float32),
     ),
 }
 """The models that there are. A further one is a file beside these and an entry here."""
