@@ -135,7 +135,7 @@ def from_pretrained(
       scan_layers: run the layers by `nn.scan`, their params stacked.
       remat: compute each layer's activations again in the backward pass.
       attention: implementation of the attention, as `ModelConfig.attention`.
-      mesh: put the params on this mesh.
+      mesh: put the params on this mesh, whose axes are of type Auto.
       specs: how each leaf is sharded there; default: `default_specs`, over the mesh's axes "fsdp"
         and "tensor".
       revision: a branch, tag or commit on the hub.
