@@ -48,6 +48,7 @@ OPTIONAL = (
     "rich",
     "tyro",
     "qwix",
+    "gguf",
 )
 
 

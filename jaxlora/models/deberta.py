@@ -129,7 +129,8 @@ class DebertaConfig(ModelConfig):
         fields = super().to_dict()
         fields |= {name: off for name, off in _OFF.items() if fields[name] is None}
         fields["pos_att_type"] = list(self.pos_att_type)
-        fields["embedding_size"] = self.embedding_size or self.hidden_size
+        if self.embedding_size is None:
+            del fields["embedding_size"]
         return fields
 
     @property

@@ -217,7 +217,8 @@ def test_lora_on_all_linear_layers(ref, scan_layers):
         return
     adapter = jl.lora_init(KEY, model, variables, config, **ref.inputs)
     adapted = jit(lambda adapter: jl.lora_apply(model, variables, adapter, **ref.inputs))
-    assert_equal_trees(adapted(adapter), apply(model, params, **ref.inputs))
+    # Bit for bit it is where nothing is compiled together, which test_properties holds.
+    assert_close(adapted(adapter), apply(model, params, **ref.inputs))
 
 
 def test_bfloat16(ref):
