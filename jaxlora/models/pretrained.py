@@ -280,7 +280,8 @@ def save_pretrained(
       folder: where; it must not exist, unless `overwrite`.
       model: a model of `jaxlora.models`.
       params: its params, without an adapter: merge it first.
-      tokenizer: saved beside the weights.
+      tokenizer: saved beside the weights, and its special tokens' ids in config.json: torch's
+        classifiers of the last token need that of padding.
       labels: the names of the classes of a classification head.
       overwrite: replace a folder that is there.
 
@@ -306,7 +307,7 @@ def save_pretrained(
     if folder.exists() and not overwrite:
         raise CheckpointError(f"{folder} exists, expected a new folder. Pass overwrite=True.")
     arch = _architecture_of(model)
-    config_json = _config_json(arch, model, params, labels)
+    config_json = _config_json(arch, model, params, labels, tokenizer)
     state = weights.to_torch(params, arch.names, type(model).__name__)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -473,7 +474,11 @@ def _architecture_of(model: Any) -> Architecture:
 
 
 def _config_json(
-    arch: Architecture, model: Any, params: Mapping[str, Any], labels: list[str] | None
+    arch: Architecture,
+    model: Any,
+    params: Mapping[str, Any],
+    labels: list[str] | None,
+    tokenizer: Any,
 ) -> dict[str, Any]:
     config = model.config
     if getattr(model, "pooling", "cls") != "cls":
@@ -493,4 +498,7 @@ def _config_json(
             raise ConfigError(f"labels are {len(named)} names, expected {model.num_labels}.")
         fields |= {"id2label": {str(n): label for n, label in enumerate(named)}}
         fields |= {"label2id": {label: n for n, label in enumerate(named)}}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (found := getattr(tokenizer, name, None)) is not None:
+            fields.setdefault(name, found)
     return fields

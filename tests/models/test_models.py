@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 import jaxlora as jl
 from jaxlora import models
 from jaxlora.errors import ConfigError, ModelError
-from jaxlora.models import deberta, gpt2, roberta, weights
+from jaxlora.models import deberta, gpt2, roberta, vit, weights
 from jaxlora.models.pretrained import architecture
 
 REFERENCES = Path(__file__).parent.parent / "references"
@@ -35,6 +36,17 @@ def _names() -> dict[str, tuple[str, str]]:
 
 
 NAMES = _names()
+ONE_OF_EACH = (
+    "bert_gelu",
+    "llama_linear",
+    "gpt2",
+    "roberta",
+    "deberta_xxl",
+    "deberta_unshared",
+    "vit_none",
+)
+"""For what takes long to compile: those whose layers differ."""
+DECODERS = ("llama_linear", "llama_llama3", "mistral", "qwen2", "qwen3", "gpt2", "gpt2_untied")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,12 +110,14 @@ def ref(request, references) -> Reference:
     return references(request.param)
 
 
-@pytest.fixture(params=[name for name in NAMES if NAMES[name][0] in ("llama", "gpt2")])
+@pytest.fixture(params=ONE_OF_EACH)
+def one(request, references) -> Reference:
+    return references(request.param)
+
+
+@pytest.fixture(params=DECODERS)
 def decoder(request, references) -> Reference:
-    ref = references(request.param)
-    if ref.head != "lm":
-        pytest.skip("no language model")
-    return ref
+    return references(request.param)
 
 
 def outputs(model: Any, params: Any, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -167,6 +181,12 @@ def assert_equal_trees(got: Any, expected: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
+def write(folder: Path, state: Mapping[str, np.ndarray], ref: Reference) -> None:
+    """Other tensors with a reference's config."""
+    save_file(dict(state), folder / "model.safetensors")
+    (folder / "config.json").write_text((ref.folder / "config.json").read_text())
+
+
 # What all of them do.
 
 
@@ -183,9 +203,9 @@ def test_matches_torch(ref, scan_layers):
     [{"remat": True}, {"scan_layers": True, "remat": True}],
     ids=["remat", "scan_remat"],
 )
-def test_remat_and_scan_keep_the_gradients(ref, options):
-    out, gradient = outputs_and_gradient(ref, **options)
-    expected, expected_gradient = plain(ref)
+def test_remat_and_scan_keep_the_gradients(one, options):
+    out, gradient = outputs_and_gradient(one, **options)
+    expected, expected_gradient = plain(one)
     assert_close(out, expected)
     # Gradients of these steep models reach 1e3.
     scale = max(np.abs(g).max() for g in expected_gradient.values())
@@ -207,27 +227,34 @@ def test_folders(ref, scan_layers, tmp_path):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-def test_lora_on_all_linear_layers(ref, scan_layers):
-    model, params = ref.load(scan_layers=scan_layers)
+def test_lora_on_all_linear_layers(one, scan_layers):
+    model, params = one.load(scan_layers=scan_layers)
     config, variables = jl.LoraConfig(rank=2, targets="all-linear"), {"params": params}
-    plan = jl.plan(model, variables, config, **ref.inputs)
+    adapter = jl.lora_init(KEY, model, variables, config, **one.inputs)
     kernels = {path for path in weights.flat(params) if path.endswith("/kernel")}
-    assert {site.path for site in plan.sites} == kernels
-    if scan_layers:
-        return
-    adapter = jl.lora_init(KEY, model, variables, config, **ref.inputs)
-    adapted = jit(lambda adapter: jl.lora_apply(model, variables, adapter, **ref.inputs))
+    assert {site.path for site in adapter.spec.sites} == kernels
+
+    @jit
+    def both(adapter: Any, merged: Any) -> Any:
+        adapted = jl.lora_apply(model, variables, adapter, **one.inputs)
+        return adapted, model.apply({"params": merged}, **one.inputs)
+
     # Bit for bit it is where nothing is compiled together, which test_properties holds.
-    assert_close(adapted(adapter), apply(model, params, **ref.inputs))
+    adapted, base = both(adapter, params)
+    assert_close(adapted, base)
+    moved = jax.tree.map(lambda x: x + 0.1, adapter)
+    adapted, merged = both(moved, jl.merge(params, moved))
+    assert_close(adapted, merged, 1e-4)
+    assert not np.allclose(jax.tree.leaves(merged)[0], jax.tree.leaves(base)[0], atol=0.1)
 
 
-def test_bfloat16(ref):
-    model, params = ref.load(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+def test_bfloat16(one):
+    model, params = one.load(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    out = run(model, params, ref.inputs)
+    out = run(model, params, one.inputs)
     assert {x.dtype for x in out} == {jnp.dtype(jnp.bfloat16)}
-    for low, high in zip(out, ref.outputs.values(), strict=True):
-        high = tokens(high, ref.inputs)
+    for low, high in zip(out, one.outputs.values(), strict=True):
+        high = tokens(high, one.inputs)
         # 8 bits of mantissa, and weights that make every error grow from layer to layer.
         off = np.linalg.norm(low.astype(np.float32) - high) / np.linalg.norm(high)
         assert off < 0.15
@@ -256,16 +283,22 @@ def test_decoding_step_by_step_is_the_whole(decoder, scan_layers):
         parts.append(logits)
     inputs = {"attention_mask": mask}
     assert_close(tokens(jnp.concatenate(parts, 1), inputs), tokens(whole, inputs))
-    last = apply(model, params, ids, mask, last=2)
-    np.testing.assert_array_equal(last, whole[:, -2:])
 
 
 def test_packed_sequences_do_not_see_each_other(decoder):
     model, params = decoder.load()
     ids = decoder.inputs["input_ids"][:1]
-    packed = apply(model, params, ids, np.array([[1, 1, 1, 2, 2, 2, 2]]))
-    apart = [apply(model, params, part) for part in (ids[:, :3], ids[:, 3:])]
-    assert_close(packed, jnp.concatenate(apart, 1))
+
+    @jit
+    def logits(params: Any) -> Any:
+        variables = {"params": params}
+        packed = model.apply(variables, ids, np.array([[1, 1, 1, 2, 2, 2, 2]]))
+        apart = [model.apply(variables, part) for part in (ids[:, :3], ids[:, 3:])]
+        return packed, jnp.concatenate(apart, 1), model.apply(variables, ids[:, 3:], last=2)
+
+    packed, apart, last = logits(params)
+    assert_close(packed, apart)
+    assert_close(last, apart[:, -2:])
 
 
 # What is GPT-2's own.
@@ -296,6 +329,15 @@ def test_gpt2s_fused_kernel(references, scan_layers):
     adapted = jit(lambda adapter: jl.lora_apply(model, {"params": params}, adapter, **ref.inputs))
     out = adapted(moved)
     assert_close(out, apply(model, merged, **ref.inputs), 1e-4)
+
+
+def test_gpt2s_files_without_prefix_and_with_buffers(references, tmp_path):
+    ref = references("gpt2")
+    state = {name.removeprefix("transformer."): array for name, array in ref.state.items()}
+    state |= {"h.0.attn.bias": np.ones((1, 1, 12, 12), np.float32)}
+    state |= {"h.1.attn.masked_bias": np.array(-1e4, np.float32)}
+    write(tmp_path, state, ref)
+    assert_equal_trees(models.from_pretrained(tmp_path).params, ref.load()[1])
 
 
 def test_gpt2s_positions_end():
@@ -348,6 +390,17 @@ def test_robertas_positions_follow_the_padding_token():
     np.testing.assert_array_equal(counted, given)
     with pytest.raises(ModelError, match=r"5 tokens long, expected at most .* - 1, 4"):
         apply(model, params, np.ones((1, 5), int))
+
+
+def test_robertas_head_is_drawn_for_a_masked_language_model(references, tmp_path):
+    ref = references("roberta")
+    state = {name: array for name, array in ref.state.items() if "classifier" not in name}
+    state |= {"lm_head.bias": np.ones(29, np.float32), "roberta.embeddings.position_ids": IDS}
+    write(tmp_path, state, ref)
+    _, params, _ = models.from_pretrained(tmp_path, key=KEY, num_labels=5)
+    assert_equal_trees(params["roberta"], ref.load()[1]["roberta"])
+    assert params["classifier"]["dense"]["kernel"].any()
+    assert params["classifier"]["out_proj"]["kernel"].shape == (16, 5)
 
 
 def test_robertas_head_has_dropouts():
@@ -404,8 +457,7 @@ def test_debertas_padding_does_not_matter():
 def test_debertas_unused_position_table_is_left(references, tmp_path):
     ref = references("deberta_v3")
     table = {"deberta.embeddings.position_embeddings.weight": np.ones((12, 16), np.float32)}
-    save_file(ref.state | table, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((ref.folder / "config.json").read_text())
+    write(tmp_path, ref.state | table, ref)
     assert_equal_trees(models.from_pretrained(tmp_path).params, ref.load()[1])
 
 
@@ -426,7 +478,61 @@ def test_debertas_dropouts(only):
     )
 
 
-# Errors of the configs.
+# What is ViT's own.
+
+VIT = vit.ViTConfig(
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=12,
+    image_size=(6, 4),
+    patch_size=2,
+    num_channels=1,
+    initializer_range=0.5,
+)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.ones((2, 1, 6, 4), np.float32), r"of shape \(2, 1, 6, 4\), .*\(batch, 6, 4, 1\)"),
+        (np.ones((6, 4, 1), np.float32), r"of shape \(6, 4, 1\), .*: channels last"),
+        (np.ones((2, 6, 4, 1), np.uint8), r"pixel_values is uint8 of shape .*, expected floats"),
+    ],
+)
+def test_vits_wrong_inputs(image, message):
+    with pytest.raises(ModelError, match=message):
+        vit.ViTForImageClassification(VIT).init(KEY, image)
+
+
+@pytest.mark.parametrize("only", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_vits_dropouts(only):
+    model = vit.ViTForImageClassification(VIT)
+    image = np.asarray(jax.random.normal(KEY, (2, 6, 4, 1)))
+    params = init(model, image)
+    some = vit.ViTForImageClassification(dataclasses.replace(VIT, **{only: 0.5}))
+    still = apply(model, params, image)
+    np.testing.assert_array_equal(apply(some, params, image), still)
+    trained = apply(some, params, image, deterministic=False, rngs={"dropout": KEY})
+    assert not np.allclose(trained, still, atol=1e-4)
+
+
+# Errors of the configs, and what else is saved.
+
+
+def test_the_tokenizers_special_tokens_are_saved(tmp_path):
+    tokenizer = SimpleNamespace(
+        bos_token_id=None, eos_token_id=3, pad_token_id=0, save_pretrained=lambda _: None
+    )
+    for name, model, pad in (
+        ("gpt2", gpt2.GPT2ForSequenceClassification(GPT2), 0),
+        ("roberta", roberta.RobertaForSequenceClassification(ROBERTA), 1),
+    ):
+        params = init(model, IDS)
+        folder = models.save_pretrained(tmp_path / name, model, params, tokenizer=tokenizer)
+        fields = json.loads((folder / "config.json").read_text())
+        assert (fields["eos_token_id"], fields["pad_token_id"]) == (3, pad)
+        assert "bos_token_id" not in fields
 
 
 @pytest.mark.parametrize(
@@ -478,6 +584,17 @@ def test_debertas_dropouts(only):
             {"model_type": "deberta-v2", "conv_act": "mish"},
             "conv_act is 'mish', expected one of gelu",
         ),
+        (
+            {"model_type": "vit", "image_size": [8, 8, 3]},
+            r"image_size is \[8, 8, 3\], expected pixels, or \(height, width\)",
+        ),
+        ({"model_type": "vit", "patch_size": 0}, "patch_size is 0, expected pixels"),
+        (
+            {"model_type": "vit", "image_size": 8, "patch_size": [4, 9]},
+            r"image_size is \(8, 8\), expected at least patch_size, \(4, 9\)",
+        ),
+        ({"model_type": "vit", "head_dim": 32}, "head_dim is 32 in config.json, expected 64"),
+        ({"model_type": "vit", "pooler_act": "mish"}, "pooler_act is 'mish', expected one of gelu"),
     ],
 )
 def test_config_errors(fields, message):
