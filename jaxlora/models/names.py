@@ -72,9 +72,9 @@ class Names:
     def _module_name(self, path: str) -> str | None:
         if path in self.modules:
             return None if "{}" in path else self.modules[path]
-        if (number := _NUMBER.search(path)) is not None:
+        for number in _NUMBER.finditer(path):  # more than one: h_0/ln_1
             start, end = number.span()
-            name = self.modules.get(f"{path[:start]}_{{}}{path[end:]}")
-            return None if name is None else name.format(number.group(1))
+            if (name := self.modules.get(f"{path[:start]}_{{}}{path[end:]}")) is not None:
+                return name.format(number.group(1))
         stacked = {ours.replace("_{}", ""): n for ours, n in self.modules.items() if "{}" in ours}
         return stacked.get(path)

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.errors import CheckpointError, ConfigError, listing, nearest
-from jaxlora.models import bert, gpt2, hub, llama, weights
+from jaxlora.models import bert, deberta, gpt2, llama, roberta, vit, weights
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.names import Names
+from jaxlora.models.source import open_source
 
 Array = jax.Array
 Specs = Callable[[str, tuple[int, ...]], jax.sharding.PartitionSpec]
@@ -44,6 +45,8 @@ class Architecture:
         as the class names here do.
       fresh: scopes of heads that a checkpoint may lack, to be drawn anew.
       other: pattern of tensors that are no params of ours: buffers, and heads that we do not have.
+      optional: pattern of tensors, without the base's prefix, that are left where the config has no
+        use for them.
       row_parallel: pattern of modules whose kernel is sharded along its input under tensor
         parallelism, so that its layer sums over devices.
       example: the shapes of the inputs that a model is initialized with.
@@ -55,6 +58,7 @@ class Architecture:
     torch_classes: Mapping[str, str]
     fresh: tuple[str, ...] = ()
     other: str = r"(?!)"
+    optional: str = r"(?!)"
     row_parallel: str = r"(?!)"
     example: Callable[[Any], jax.ShapeDtypeStruct] = lambda _: jax.ShapeDtypeStruct(
         (1, 1), jnp.int32
@@ -105,7 +109,48 @@ ARCHITECTURES: dict[str, Architecture] = {
         torch_classes={"gpt2": "GPT2"},
         fresh=("score",),
         other=r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias$",
-        row_parallel=r".*c_proj",
+        row_parallel=r"(attn|mlp)/c_proj",
+    ),
+    "roberta": Architecture(
+        config=roberta.RobertaConfig,
+        names=roberta.NAMES,
+        heads={
+            "classification": roberta.RobertaForSequenceClassification,
+            "token": roberta.RobertaForTokenClassification,
+            "none": roberta.Roberta,
+        },
+        torch_classes={
+            "roberta": "Roberta",
+            "xlm-roberta": "XLMRoberta",
+            "camembert": "Camembert",
+        },
+        fresh=("pooler", "classifier"),
+        other=r"qa_outputs\.|(roberta\.)?embeddings\.position_ids$",
+        row_parallel=r"attention/out|mlp/down",
+    ),
+    "deberta-v2": Architecture(
+        config=deberta.DebertaConfig,
+        names=deberta.NAMES,
+        heads={
+            "classification": deberta.DebertaForSequenceClassification,
+            "token": deberta.DebertaForTokenClassification,
+            "none": deberta.Deberta,
+        },
+        torch_classes={"deberta-v2": "DebertaV2"},
+        fresh=("pooler", "classifier"),
+        other=r"(lm|mask)_predictions\.|cls\.|qa_outputs\.|(deberta\.)?embeddings\.position_ids$",
+        optional=r"embeddings\.position_embeddings\.",
+        row_parallel=r"attention/out|mlp/down",
+    ),
+    "vit": Architecture(
+        config=vit.ViTConfig,
+        names=vit.NAMES,
+        heads={"classification": vit.ViTForImageClassification, "none": vit.ViT},
+        torch_classes={"vit": "ViT"},
+        fresh=("pooler", "classifier"),
+        other=r"(vit\.)?embeddings\.mask_token$|decoder\.",
+        row_parallel=r"attention/out|mlp/down",
+        example=lambda c: jax.ShapeDtypeStruct((1, *c.image_shape), jnp.float32),
     ),
 }
 """The models that there are. A further one is a file beside these and an entry here."""
@@ -129,13 +174,14 @@ def from_pretrained(
     revision: str | None = None,
     **options: Any,
 ) -> Pretrained:
-    """Load a model from a folder in Hugging Face's form, or from the hub.
+    """Load a model from a folder in Hugging Face's form, from the hub, or from a GGUF file.
 
     The architecture is that of config.json's `model_type`. The weights must be there and fit to the
     last tensor, those of other heads aside. A head that the checkpoint lacks is drawn from `key`.
 
     Args:
-      dir_or_hub_id: a folder with config.json and safetensors weights, or a hub id.
+      dir_or_hub_id: a folder with config.json and safetensors weights, a hub id, a GGUF file, or a
+        folder with just one.
       head: what the model is for: "classification", "token", "embedding", "lm", or "none" for the
         model itself; default: the first that the architecture has.
       num_labels: number of logits of a classification head; default: what config.json says.
@@ -147,7 +193,7 @@ def from_pretrained(
       scan_layers: run the layers by `nn.scan`, their params stacked.
       remat: compute each layer's activations again in the backward pass.
       attention: implementation of the attention, as `ModelConfig.attention`.
-      mesh: put the params on this mesh.
+      mesh: put the params on this mesh, whose axes are of type Auto.
       specs: how each leaf is sharded there; default: `default_specs`, over the mesh's axes "fsdp"
         and "tensor".
       revision: a branch, tag or commit on the hub.
@@ -170,10 +216,9 @@ def from_pretrained(
       >>> model.apply({"params": params}, **batch).shape
       (2, 384)
     """
-    folder = hub.resolve(dir_or_hub_id, revision)
-    config_json = hub.read_config(folder)
-    arch = architecture(config_json.get("model_type"))
-    config = arch.config.from_dict(config_json)
+    source = open_source(dir_or_hub_id, revision)
+    arch = architecture(source.config.get("model_type"))
+    config = arch.config.from_dict(source.config)
     config = dataclasses.replace(
         config,
         dtype=dtype,
@@ -184,8 +229,8 @@ def from_pretrained(
     )
     if dropout is not None:
         config = config.with_dropout(dropout)
-    labels = _num_labels(config_json) if num_labels is None else num_labels
-    tensors = hub.read_safetensors(folder)
+    labels = _num_labels(source.config) if num_labels is None else num_labels
+    tensors = source.tensors
     stored = _stored(tensors, arch)
     if fresh_head:  # a pooler is no head: it stays
         tops = {"classifier", "score"}
@@ -201,6 +246,8 @@ def from_pretrained(
     wanted = {path: leaf for path, leaf in leaves.items() if path not in fresh}
     heads = {*arch.fresh, "lm_head"}
     stored = {b: n for b, n in stored.items() if _top(b) in used or _top(b) not in heads}
+    bares = {arch.names.bare(arch.names.torch_name(path) or path) for path in leaves}
+    stored = {b: n for b, n in stored.items() if b in bares or not re.match(arch.optional, b)}
     _check_labels(tensors, arch, stored, wanted)
     shardings = None
     if mesh is not None:
@@ -212,8 +259,8 @@ def from_pretrained(
     params = weights.read_params(
         tensors, arch.names, stored, wanted, type(model).__name__, shardings
     )
-    params |= _init_fresh(model, arch.example(config), fresh, key, folder, shardings)
-    return Pretrained(model, weights.nested(params), hub.read_tokenizer(folder))
+    params |= _init_fresh(model, arch.example(config), fresh, key, source.where, shardings)
+    return Pretrained(model, weights.nested(params), source.read_tokenizer())
 
 
 def save_pretrained(
@@ -233,7 +280,8 @@ def save_pretrained(
       folder: where; it must not exist, unless `overwrite`.
       model: a model of `jaxlora.models`.
       params: its params, without an adapter: merge it first.
-      tokenizer: saved beside the weights.
+      tokenizer: saved beside the weights, and its special tokens' ids in config.json: torch's
+        classifiers of the last token need that of padding.
       labels: the names of the classes of a classification head.
       overwrite: replace a folder that is there.
 
@@ -259,7 +307,7 @@ def save_pretrained(
     if folder.exists() and not overwrite:
         raise CheckpointError(f"{folder} exists, expected a new folder. Pass overwrite=True.")
     arch = _architecture_of(model)
-    config_json = _config_json(arch, model, params, labels)
+    config_json = _config_json(arch, model, params, labels, tokenizer)
     state = weights.to_torch(params, arch.names, type(model).__name__)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -344,7 +392,7 @@ def _num_labels(config_json: Mapping[str, Any]) -> int:
     return len(labels) if isinstance(labels, Mapping) else config_json.get("num_labels", 2)
 
 
-def _stored(tensors: hub.Tensors, arch: Architecture) -> dict[str, str]:
+def _stored(tensors: weights.AnyTensors, arch: Architecture) -> dict[str, str]:
     """{torch's name without the base's prefix: the tensor's name}; older names are today's here."""
     stored: dict[str, str] = {}
     for name in tensors:
@@ -372,7 +420,7 @@ def _scope(arch: Architecture, path: str) -> str:
 
 
 def _check_labels(
-    tensors: hub.Tensors,
+    tensors: weights.AnyTensors,
     arch: Architecture,
     stored: Mapping[str, str],
     wanted: Mapping[str, jax.ShapeDtypeStruct],
@@ -426,7 +474,11 @@ def _architecture_of(model: Any) -> Architecture:
 
 
 def _config_json(
-    arch: Architecture, model: Any, params: Mapping[str, Any], labels: list[str] | None
+    arch: Architecture,
+    model: Any,
+    params: Mapping[str, Any],
+    labels: list[str] | None,
+    tokenizer: Any,
 ) -> dict[str, Any]:
     config = model.config
     if getattr(model, "pooling", "cls") != "cls":
@@ -446,4 +498,7 @@ def _config_json(
             raise ConfigError(f"labels are {len(named)} names, expected {model.num_labels}.")
         fields |= {"id2label": {str(n): label for n, label in enumerate(named)}}
         fields |= {"label2id": {label: n for n, label in enumerate(named)}}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (found := getattr(tokenizer, name, None)) is not None:
+            fields.setdefault(name, found)
     return fields
