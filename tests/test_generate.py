@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ import numpy as np
 import pytest
 
 import jaxlora as jl
-from jaxlora import beam, decode, tree
+from jaxlora import beam, decode, models, tree
 from jaxlora.errors import AdapterError, ConfigError, ModelError
 from jaxlora.fetch import fetch
-from jaxlora.models.gguf import read_gguf
-from jaxlora.models.gguf_tokenizer import read_tokenizer
 from jaxlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from jaxlora.models.llama import NAMES, LlamaConfig, LlamaForCausalLM
 from jaxlora.sampling import Sampling, choose, filtered, penalized
@@ -110,12 +107,8 @@ def reference(part: str) -> dict[str, np.ndarray]:
 
 def reference_model(**options: Any) -> tuple[Any, dict[str, Any]]:
     config = LlamaConfig.from_dict(json.loads(str(reference("config")[""])))
-    return from_torch(dataclasses.replace(config, **options), reference("weights/"))
-
-
-def from_torch(config: LlamaConfig, weights: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model with torch's weights."""
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(dataclasses.replace(config, **options))
+    weights = reference("weights/")
 
     def load(path: str, leaf: Any) -> Any:
         def of(name: str) -> Any:
@@ -180,14 +173,10 @@ def test_smollm2_says_what_torch_makes_it_say():
     prompts, expected = (
         [[t for t in row if t >= 0] for row in ref[name].tolist()] for name in ("prompts", "tokens")
     )
-    [file] = fetch("smollm2").glob("*.gguf")
-    gguf = read_gguf(file)
-    tokenizer = read_tokenizer(gguf)
-    assert [
-        tokenizer.encode(str(text), add_special_tokens=False) for text in ref["texts"]
-    ] == prompts
-    config = LlamaConfig.from_dict(gguf.config)
-    model, variables = from_torch(dataclasses.replace(config, scan_layers=True), gguf.tensors)
+    model, params, tokenizer = models.from_pretrained(fetch("smollm2"), scan_layers=True)
+    variables = {"params": params}
+    texts = ref["texts"].tolist()
+    assert [tokenizer.encode(text, add_special_tokens=False) for text in texts] == prompts
     out = jl.generate(model, variables, prompts, tokenizer=tokenizer, max_new_tokens=64)
     assert out.ids == expected
     chat = [{"role": "user", "content": "What is the capital of France?"}]
