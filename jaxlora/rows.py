@@ -1,4 +1,4 @@
-"""Rows of text files: tsv, csv, jsonl and `mr||text`, with the file and line of all that is wrong."""
+"""Rows of text files: tsv, csv, jsonl and `mr||text`; errors name the file and the line."""
 
 import csv
 import json
