@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.errors import CheckpointError, listing, optional
@@ -105,6 +103,10 @@ class Tensors(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor; nothing else of it is read."""
+        return self._files[name].get_slice(name)[index]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
         return tuple(self._files[name].get_slice(name).get_shape())
@@ -162,69 +164,6 @@ def read_tokenizer(folder: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as e:  # the tokenizers package raises bare Exceptions
         raise CheckpointError(f"The tokenizer files of {folder} cannot be read: {e}") from e
-
-
-def read_params(
-    tensors: Tensors,
-    path_of: Mapping[str, str | None],
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
-    model: str,
-) -> dict[str, jax.Array]:
-    """Read the tensors that a model wants, and check that they are neither more nor fewer.
-
-    A leaf named `kernel` is the transpose of its tensor.
-
-    Args:
-      tensors: what the folder holds.
-      path_of: for each tensor to use, the path of its leaf; None if the model knows no such name.
-      wanted: for each path the shape and dtype of its leaf.
-      model: what the model is called in messages.
-
-    Returns:
-      An array for each path of `wanted`, in the wanted dtype.
-
-    Raises:
-      CheckpointError: tensors are missing, unexpected, twice there, or of another shape; each is
-        named with what was found and expected.
-    """
-    key_of: dict[str, str] = {}
-    wrong = []
-    unexpected = [name for name, path in path_of.items() if path not in wanted]
-    for name, path in path_of.items():
-        if path is None or path not in wanted:
-            continue
-        if path in key_of:
-            wrong.append(f"Both '{key_of[path]}' and '{name}' are {path}.")
-        key_of[path] = name
-        leaf_shape = wanted[path].shape
-        expected = leaf_shape[::-1] if _is_kernel(path) else leaf_shape
-        if tensors.shape(name) != expected:
-            wrong.append(f"'{name}' has shape {tensors.shape(name)}, expected {expected}.")
-    missing = [path for path in wanted if path not in key_of]
-    if missing:
-        wrong.append(f"Missing ({len(missing)}): {listing(missing)}.")
-    if unexpected:
-        wrong.append(f"Unexpected ({len(unexpected)}): {listing(unexpected)}.")
-    if wrong:
-        raise CheckpointError(
-            f"The weights in {tensors.source} do not fit {model} with the sizes of its "
-            f"config.json. {' '.join(wrong)}"
-        )
-    return {path: _read_leaf(tensors, key_of[path], path, wanted[path].dtype) for path in wanted}
-
-
-def _read_leaf(tensors: Tensors, name: str, path: str, dtype: Any) -> jax.Array:
-    array = tensors[name]
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise CheckpointError(
-            f"'{name}' in {tensors.source} has dtype {array.dtype}, expected a floating dtype: "
-            "quantized weights must be dequantized first."
-        )
-    return jnp.asarray(array.T if _is_kernel(path) else array, dtype)
-
-
-def _is_kernel(path: str) -> bool:
-    return path.rpartition("/")[2] == "kernel"
 
 
 def _open(file: Path) -> Any:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jaxlora import models
 from jaxlora.errors import CheckpointError, ConfigError, ModelError
 from jaxlora.fetch import fetch
-from jaxlora.models import bert
+from jaxlora.models import bert, weights
 
 REFERENCES = Path(__file__).parent.parent / "references"
 TINY = ["bert_gelu", "bert_gelu_new", "bert_gelu_tanh", "bert_relu"]
-HEADS: dict[str, bert.Head] = {
+HEADS = {
     "BertForSequenceClassification": "classification",
     "BertForTokenClassification": "token",
     "BertModel": "none",
@@ -58,8 +59,12 @@ def load_reference(folder: Path, name: str, **options: Any) -> tuple[Any, dict[s
     outputs = reference(name, "outputs/")
     if "logits" in outputs:
         options["num_labels"] = outputs["logits"].shape[-1]
-    model, params, _ = bert.from_pretrained(folder, head=HEADS[kind], **options)
+    model, params, _ = models.from_pretrained(folder, head=HEADS[kind], **options)
     return model, params
+
+
+def to_torch(params: Any) -> dict[str, Any]:
+    return {name: make() for name, make in weights.to_torch(params, bert.NAMES, "Bert").items()}
 
 
 def init(model: Any) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def test_matches_torch(name, tmp_path):
 
 def test_embedder_matches_torch(tmp_path):
     write_reference(tmp_path, "bert_relu")
-    model, params, _ = bert.from_pretrained(tmp_path, head="embedding")
+    model, params, _ = models.from_pretrained(tmp_path, head="embedding")
     out = run(model, params, **reference("bert_relu", "inputs/"))
     assert_close(out, reference("bert_relu", "outputs/")["embedded"])
 
@@ -104,7 +109,7 @@ def test_embedder_matches_torch(tmp_path):
 def test_minilm_matches_torch():
     ref = reference("minilm", "")
     folder = fetch("minilm")
-    model, params, tokenizer = bert.from_pretrained(folder, head="none")
+    model, params, tokenizer = models.from_pretrained(folder, head="none")
     batch = tokenizer(list(ref["sentences"]), padding=True, return_tensors="np")
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids"}
     for name, array in batch.items():
@@ -114,7 +119,7 @@ def test_minilm_matches_torch():
     assert_close(hidden[:, ref["positions"]], ref["hidden"])
     assert_close(pooled, ref["pooled"])
 
-    model, params, _ = bert.from_pretrained(folder, head="embedding")
+    model, params, _ = models.from_pretrained(folder, head="embedding")
     embedded = np.asarray(run(model, params, **batch))
     assert_close(embedded, ref["embedded"])
     similar = embedded @ embedded[0]
@@ -320,14 +325,14 @@ def test_names_invert(name, tmp_path):
     weights = reference(name, "weights/")
     paths = [bert.flax_path(key) for key in weights]
     assert None not in paths
-    assert [bert.torch_name(path) for path in paths if path] == list(weights)
+    assert [bert.NAMES.torch_name(path) for path in paths if path] == list(weights)
     _, params = load_reference(write_reference(tmp_path, name), name)
-    assert_equal_trees(bert.to_torch(params), weights)
+    assert_equal_trees(to_torch(params), weights)
 
 
 def test_names_of_modules():
     path, name = "bert/encoder/layer_11/mlp/up", "bert.encoder.layer.11.intermediate.dense"
-    assert bert.torch_name(path) == name
+    assert bert.NAMES.torch_name(path) == name
     assert bert.flax_path(name) == path
     assert bert.flax_path("embeddings.LayerNorm.gamma") == "embeddings/norm/scale"
     assert bert.flax_path("embeddings.LayerNorm.beta") == "embeddings/norm/bias"
@@ -345,7 +350,7 @@ def test_names_of_modules():
     ],
 )
 def test_paths_that_are_none(path):
-    assert bert.torch_name(path) is None
+    assert bert.NAMES.torch_name(path) is None
 
 
 @pytest.mark.parametrize(
@@ -364,7 +369,7 @@ def test_names_that_are_none(name):
 
 def test_to_torch_refuses_other_leaves():
     with pytest.raises(CheckpointError, match="Leaf classifier/kernel_lora_a has no name"):
-        bert.to_torch({"classifier": {"kernel_lora_a": np.ones((2, 3))}})
+        to_torch({"classifier": {"kernel_lora_a": np.ones((2, 3))}})
 
 
 # Loading.
@@ -380,12 +385,12 @@ FIELDS = {
 def saved(tmp_path) -> tuple[Path, dict[str, Any]]:
     """A folder with a classifier of two labels, and its params."""
     params = init(bert.BertForSequenceClassification(CONFIG))
-    return write(tmp_path / "saved", bert.to_torch(params), FIELDS), params
+    return write(tmp_path / "saved", to_torch(params), FIELDS), params
 
 
 def test_round_trip(saved):
     folder, params = saved
-    model, loaded, tokenizer = bert.from_pretrained(folder)
+    model, loaded, tokenizer = models.from_pretrained(folder)
     assert model == bert.BertForSequenceClassification(CONFIG)
     assert tokenizer is None
     assert_equal_trees(loaded, params)
@@ -397,22 +402,22 @@ def test_prefixes_and_gammas_of_old_checkpoints(saved, tmp_path):
         name.removeprefix("bert.")
         .replace("LayerNorm.weight", "LayerNorm.gamma")
         .replace("LayerNorm.bias", "LayerNorm.beta"): array
-        for name, array in bert.to_torch(params).items()
+        for name, array in to_torch(params).items()
     }
     old |= {
         "embeddings.position_ids": np.arange(6)[None],
         "cls.predictions.bias": np.ones(11, np.float32),
     }
     write(tmp_path / "old", old, FIELDS)
-    assert_equal_trees(bert.from_pretrained(tmp_path / "old")[1], params)
+    assert_equal_trees(models.from_pretrained(tmp_path / "old")[1], params)
     # And the other way: a checkpoint with the prefix into Bert itself, which has none.
-    assert_equal_trees(bert.from_pretrained(folder, head="none")[1], params["bert"])
+    assert_equal_trees(models.from_pretrained(folder, head="none")[1], params["bert"])
 
 
 @pytest.mark.parametrize("head", ["token", "embedding"])
 def test_a_pooler_without_use_is_left(head, saved):
     folder, params = saved
-    _, loaded, _ = bert.from_pretrained(folder, head=head)
+    _, loaded, _ = models.from_pretrained(folder, head=head)
     expected = {name: params["bert"][name] for name in ("embeddings", "encoder")}
     assert_equal_trees(loaded["bert"], expected)
     assert ("classifier" in loaded) == (head == "token")
@@ -421,35 +426,35 @@ def test_a_pooler_without_use_is_left(head, saved):
 def test_fresh_params_are_those_of_init(saved, tmp_path):
     folder, params = saved
     fresh = init(bert.BertForSequenceClassification(CONFIG, num_labels=3))
-    _, loaded, _ = bert.from_pretrained(folder, num_labels=3, key=KEY, fresh_head=True)
+    _, loaded, _ = models.from_pretrained(folder, num_labels=3, key=KEY, fresh_head=True)
     assert_equal_trees(loaded, {"bert": params["bert"], "classifier": fresh["classifier"]})
     assert not np.any(loaded["classifier"]["bias"])
 
     bare = {
         name: array
-        for name, array in bert.to_torch(params).items()
+        for name, array in to_torch(params).items()
         if "pooler" not in name and "classifier" not in name
     }
     write(tmp_path / "bare", bare, FIELDS)
-    model, loaded, _ = bert.from_pretrained(tmp_path / "bare", key=KEY)
+    model, loaded, _ = models.from_pretrained(tmp_path / "bare", key=KEY)
     assert_equal_trees(loaded, params)  # `params` came from init with the same key
-    model, loaded, _ = bert.from_pretrained(tmp_path / "bare", head="none")
+    model, loaded, _ = models.from_pretrained(tmp_path / "bare", head="none")
     assert model == bert.Bert(CONFIG, add_pooler=False)
     assert set(loaded) == {"embeddings", "encoder"}
-    _, loaded, _ = bert.from_pretrained(tmp_path / "bare", pooling="mean", key=KEY)
+    _, loaded, _ = models.from_pretrained(tmp_path / "bare", pooling="mean", key=KEY)
     assert set(loaded["bert"]) == {"embeddings", "encoder"}
     with pytest.raises(
         ConfigError, match=r"key is None, .* has no bert/pooler/bias, .*classifier/kernel, to be"
     ):
-        bert.from_pretrained(tmp_path / "bare")
+        models.from_pretrained(tmp_path / "bare")
 
 
 def test_fresh_kernels_have_the_initializer_range(tmp_path):
     config = dataclasses.replace(CONFIG, hidden_size=64, initializer_range=0.02)
     model = bert.Bert(config, add_pooler=False)
     fields = FIELDS | {"hidden_size": 64, "initializer_range": 0.02}
-    write(tmp_path, bert.to_torch(init(model)), fields)
-    _, loaded, _ = bert.from_pretrained(tmp_path, key=KEY, num_labels=64)
+    write(tmp_path, to_torch(init(model)), fields)
+    _, loaded, _ = models.from_pretrained(tmp_path, key=KEY, num_labels=64)
     for leaf in (loaded["classifier"], loaded["bert"]["pooler"]):
         assert np.std(leaf["kernel"]) == pytest.approx(0.02, rel=0.1)
         assert not np.any(leaf["bias"])
@@ -457,7 +462,7 @@ def test_fresh_kernels_have_the_initializer_range(tmp_path):
 
 def test_dtypes_and_dropout_of_from_pretrained(saved):
     folder, _ = saved
-    model, loaded, _ = bert.from_pretrained(
+    model, loaded, _ = models.from_pretrained(
         folder, dropout=0.25, dtype=jnp.bfloat16, param_dtype=jnp.float16
     )
     assert model.config == dataclasses.replace(  # pyright: ignore
@@ -473,14 +478,14 @@ def test_dtypes_and_dropout_of_from_pretrained(saved):
 
 def test_all_misfits_are_named_at_once(saved, tmp_path):
     _, params = saved
-    state = bert.to_torch(params)
+    state = to_torch(params)
     del state["bert.encoder.layer.1.output.dense.bias"]
     state["bert.encoder.layer.2.output.dense.bias"] = np.ones(8, np.float32)
     state["bert.encoder.layer.0.output.dense.weight"] = np.ones((12, 8), np.float32)
     state["something.else"] = np.ones(1, np.float32)
     write(tmp_path / "misfit", state, FIELDS)
     with pytest.raises(CheckpointError, match="BertForSequenceClassification") as e:
-        bert.from_pretrained(tmp_path / "misfit")
+        models.from_pretrained(tmp_path / "misfit")
     for part in (
         "'bert.encoder.layer.0.output.dense.weight' has shape (12, 8), expected (8, 12).",
         "Missing (1): bert/encoder/layer_1/mlp/down/bias.",
@@ -491,55 +496,55 @@ def test_all_misfits_are_named_at_once(saved, tmp_path):
 
 def test_a_square_kernel_is_transposed(saved):
     folder, params = saved
-    state = bert.to_torch(params)
+    state = to_torch(params)
     kernel = params["bert"]["encoder"]["layer_0"]["attention"]["query"]["kernel"]
     stored = state["bert.encoder.layer.0.attention.self.query.weight"]
     np.testing.assert_array_equal(stored, np.asarray(kernel).T)
-    _, loaded, _ = bert.from_pretrained(folder)
+    _, loaded, _ = models.from_pretrained(folder)
     got = loaded["bert"]["encoder"]["layer_0"]["attention"]["query"]["kernel"]
     np.testing.assert_array_equal(got, kernel)
 
 
 def test_a_tensor_under_both_names(saved, tmp_path):
-    state = bert.to_torch(saved[1])
+    state = to_torch(saved[1])
     state["pooler.dense.bias"] = np.ones(8, np.float32)
     write(tmp_path / "twice", state, FIELDS)
     message = "Both '.*pooler.dense.bias' and '.*pooler.dense.bias' are bert/pooler/bias"
     with pytest.raises(CheckpointError, match=message):
-        bert.from_pretrained(tmp_path / "twice")
+        models.from_pretrained(tmp_path / "twice")
 
 
 def test_a_partial_head_is_not_filled_up(saved, tmp_path):
-    state = bert.to_torch(saved[1])
+    state = to_torch(saved[1])
     del state["classifier.bias"]
     write(tmp_path / "partial", state, FIELDS)
     with pytest.raises(CheckpointError, match=r"Missing \(1\): classifier/bias"):
-        bert.from_pretrained(tmp_path / "partial", key=KEY)
+        models.from_pretrained(tmp_path / "partial", key=KEY)
 
 
 def test_a_classifier_of_other_labels(saved):
     message = r"'classifier.bias' in .* has shape \(2,\), expected \(3,\).*fresh_head=True"
     with pytest.raises(CheckpointError, match=message):
-        bert.from_pretrained(saved[0], num_labels=3, key=KEY)
+        models.from_pretrained(saved[0], num_labels=3, key=KEY)
 
 
 def test_integer_weights(saved, tmp_path):
-    state = bert.to_torch(saved[1])
+    state = to_torch(saved[1])
     state["classifier.bias"] = np.ones(2, np.int8)
     write(tmp_path / "int", state, FIELDS)
     with pytest.raises(CheckpointError, match=r"'classifier.bias' in .* has dtype int8, expected"):
-        bert.from_pretrained(tmp_path / "int")
+        models.from_pretrained(tmp_path / "int")
 
 
 def test_settings_of_from_pretrained(saved):
     with pytest.raises(ConfigError, match="head is 'mask', expected 'classification', 'token'"):
-        bert.from_pretrained(saved[0], head="mask")  # pyright: ignore
+        models.from_pretrained(saved[0], head="mask")  # pyright: ignore
     with pytest.raises(ConfigError, match="pooling is 'max', expected 'cls' or 'mean'"):
-        bert.from_pretrained(saved[0], pooling="max")  # pyright: ignore
+        models.from_pretrained(saved[0], pooling="max")  # pyright: ignore
     with pytest.raises(ConfigError, match="pooling is 'mean' with head='token', expected 'cls'"):
-        bert.from_pretrained(saved[0], head="token", pooling="mean")
+        models.from_pretrained(saved[0], head="token", pooling="mean")
     with pytest.raises(ConfigError, match="dropout_prob is 2, expected a probability"):
-        bert.from_pretrained(saved[0], dropout=2)
+        models.from_pretrained(saved[0], dropout=2)
     (saved[0] / "config.json").write_text(json.dumps(FIELDS | {"model_type": "gpt2"}))
     with pytest.raises(ConfigError, match=r"model_type is 'gpt2' in config.json, expected 'bert'"):
-        bert.from_pretrained(saved[0])
+        models.from_pretrained(saved[0])
