@@ -131,6 +131,7 @@ def fit(
                     )
             rate = {} if schedule is None else {"learning_rate": float(schedule(number - 1))}
             run.log(number, {name: float(x) for name, x in metrics.items()} | rate)
+            show(number, float(metrics["loss"]), None)
         pending.clear()
 
     with _signals() as stop, _bar(steps, at, quiet) as show:
@@ -155,12 +156,10 @@ def fit(
                 pending.append((at, metrics))
                 if len(pending) >= log_every:
                     flush()
-                    show(at, float(metrics["loss"]), None)
         except _Interrupted:  # in an evaluation, which a resumed run does again
             pass
         flush()
         save()
-        show(at, None, None)
         run.plot()
         run.close()
     return Result(

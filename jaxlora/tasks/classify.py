@@ -98,9 +98,7 @@ class Classify(Settings):
         """The data as tokens, the loss, and accuracy, F1 and MCC."""
         model, params, tokenizer = pretrained
         rows = self.rows(self.data)
-        train, valid = (
-            (rows, self.rows(self.valid)) if self.valid else held_out(rows, self)
-        )
+        train, valid = (rows, self.rows(self.valid)) if self.valid else held_out(rows, self)
         sets, cut = [], 0
         for part in (train[: self.limit], valid[: self.limit]):
             examples, shortened = encode(tokenizer, part, self.classes, self.max_length)
@@ -118,9 +116,7 @@ class Classify(Settings):
             lambda adapter, variables, batch: _evaluated(model, adapter, variables, batch)
         )
 
-        def evaluate(
-            adapter: Any, variables: Any, examples: Sequence[Example]
-        ) -> dict[str, float]:
+        def evaluate(adapter: Any, variables: Any, examples: Sequence[Example]) -> dict[str, float]:
             return score(predict, adapter, variables, examples, pad)
 
         pad = {"input_ids": tokenizer.pad_token_id or 0}
@@ -173,7 +169,8 @@ def encode(
         {name: np.array(encoded[name][i]) for name in names} | {"label": label}
         for i, label in enumerate(labels)
     ]
-    return examples, sum(len(example["input_ids"]) == max_length for example in examples)
+    cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings or ())
+    return examples, cut
 
 
 def logits_of(model: Any, adapter: Any, variables: Any, batch: Any, **kwargs: Any) -> jax.Array:
