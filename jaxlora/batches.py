@@ -239,7 +239,7 @@ def pack(examples: Sequence[Example], length: int, seed: int | None = None) -> l
         np.random.default_rng(seed).shuffle(order)
     room = np.zeros(len(examples), np.int64)
     rows: list[list[Example]] = []
-    for i in order:
+    for i in order.tolist():
         size = len(examples[i]["input_ids"])
         if size > length:
             raise DataError(

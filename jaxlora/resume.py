@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jaxlora import tree
 from jaxlora.checkpoint import checksum, damaged, load_adapter, recover, save_adapter
@@ -99,7 +100,7 @@ def load_state(
         )
     run = _read_run(final)
     wanted = _leaves(like)
-    stored = tree.flat(ocp.StandardCheckpointHandler().metadata(final / _STATE).tree)
+    stored = tree.flat(ocp.StandardCheckpointHandler().metadata(epath.Path(final / _STATE)).tree)
     _check_stored(final, stored, wanted)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for p, x in stored.items()}

@@ -38,6 +38,12 @@ ORDER = [
     "train",
     "algebra",
     "ranks",
+    "rows",
+    "batches",
+    "metrics",
+    "resume",
+    "runs",
+    "fit",
 ]
 OPTIONAL = (
     "transformers",
@@ -48,6 +54,14 @@ OPTIONAL = (
     "rich",
     "tyro",
     "qwix",
+    "grain",
+    "yaml",
+    "tensorboardX",
+    "sklearn",
+    "sacrebleu",
+    "nltk",
+    "rouge_score",
+    "pycocoevalcap",
 )
 
 

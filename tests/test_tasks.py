@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(folders, data):
     encoder, causal = map(str, folders)
-    shared = {"epochs": 3, "batch_size": 4, "rank": 2}
+    shared: Any = {"epochs": 3, "batch_size": 4, "rank": 2}
     return {
         "classify": Classify(
             model=encoder,

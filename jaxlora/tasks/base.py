@@ -87,6 +87,15 @@ class Settings:
         """The data and losses for the model that `load` gave."""
         raise NotImplementedError
 
+    def measure(self, trained: Any, data: str | None = None) -> tuple[dict[str, float], list[Any]]:
+        """The scores of a trained model, and what it said for each example, as JSON types.
+
+        Args:
+          trained: what `load_run` gave, its adapter None to measure the params alone.
+          data: a file; by default the validation data of the run.
+        """
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:

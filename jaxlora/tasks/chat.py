@@ -66,26 +66,13 @@ class Chat(Settings):
     def problem(self, pretrained: Any) -> Problem:
         """The dialogues as tokens, the loss of the answers, and its perplexity."""
         model, params, tokenizer = pretrained
-        rows = self._rows(self.data)
-        train, valid = (rows, self._rows(self.valid)) if self.valid else held_out(rows, self)
-        sets, cut = [], 0
-        for part in (train[: self.limit], valid[: self.limit]):
-            found = [
-                encode(
-                    tokenizer,
-                    row,
-                    with_system(row.fields["messages"], self.system),
-                    self.max_length,
-                )
-                for row in part
-            ]
-            sets.append([example for example, _ in found])
-            cut += sum(shortened for _, shortened in found)
-            check_tokens(sets[-1], model, self.max_length)
+        (train, cut), (valid, cut_valid) = (
+            self._encoded(model, tokenizer, part) for part in self._split()
+        )
         pad = {"input_ids": tokenizer.pad_token_id or 0}
         return Problem(
-            train=pack(sets[0], self.max_length, self.seed) if self.packing else sets[0],
-            valid=sets[1],
+            train=pack(train, self.max_length, self.seed) if self.packing else train,
+            valid=valid,
             pad=pad,
             config=adapter_config(self, params),
             inputs=INPUTS,
@@ -93,8 +80,33 @@ class Chat(Settings):
             evaluate=make_evaluate(model, self.batch_size, pad),
             metric="loss",
             higher_is_better=False,
-            cut=cut,
+            cut=cut + cut_valid,
         )
+
+    def measure(self, trained: Any, data: str | None = None) -> tuple[dict[str, float], list[Any]]:
+        """The loss and perplexity of the answers."""
+        rows = self._rows(data) if data else self._split()[1]
+        examples, _ = self._encoded(trained.model, trained.tokenizer, rows)
+        pad = {"input_ids": trained.tokenizer.pad_token_id or 0}
+        evaluate = make_evaluate(trained.model, self.batch_size, pad)
+        return evaluate(trained.adapter, {"params": trained.params}, examples), []
+
+    def _split(self) -> tuple[list[Row], list[Row]]:
+        rows = self._rows(self.data)
+        train, valid = (rows, self._rows(self.valid)) if self.valid else held_out(rows, self)
+        return train[: self.limit], valid[: self.limit]
+
+    def _encoded(
+        self, model: Any, tokenizer: Any, rows: Sequence[Row]
+    ) -> tuple[list[Example], int]:
+        examples, cut = [], 0
+        for row in rows:
+            messages = with_system(row.fields["messages"], self.system)
+            example, shortened = encode(tokenizer, row, messages, self.max_length)
+            examples.append(example)
+            cut += shortened
+        check_tokens(examples, model, self.max_length)
+        return examples, cut
 
     def _rows(self, data: str) -> list[Row]:
         if not data:

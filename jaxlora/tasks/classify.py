@@ -97,41 +97,53 @@ class Classify(Settings):
     def problem(self, pretrained: Any) -> Problem:
         """The data as tokens, the loss, and accuracy, F1 and MCC."""
         model, params, tokenizer = pretrained
-        rows = self.rows(self.data)
-        train, valid = (rows, self.rows(self.valid)) if self.valid else held_out(rows, self)
         sets, cut = [], 0
-        for part in (train[: self.limit], valid[: self.limit]):
+        for part in self._split():
             examples, shortened = encode(tokenizer, part, self.classes, self.max_length)
             check_tokens(examples, model, self.max_length)
             sets.append(examples)
             cut += shortened
-        example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
         def loss(adapter: Any, variables: Any, batch: Any, key: jax.Array) -> jax.Array:
             kwargs = {"rngs": {"dropout": key}, "deterministic": False}
             logits = logits_of(model, adapter, variables, batch, **kwargs)
             return class_loss(logits, batch, self.label_smoothing)
 
-        predict = make_eval_step(
-            lambda adapter, variables, batch: _evaluated(model, adapter, variables, batch)
-        )
-
-        def evaluate(adapter: Any, variables: Any, examples: Sequence[Example]) -> dict[str, float]:
-            return score(predict, adapter, variables, examples, pad)
-
+        predict = _predictor(model)
         pad = {"input_ids": tokenizer.pad_token_id or 0}
         return Problem(
             train=sets[0],
             valid=sets[1],
             pad=pad,
-            config=adapter_config(self, params, ("classifier", "pooler")),
-            inputs=(example,),
+            config=adapter_config(self, params, ("classifier", "pooler", "score")),
+            inputs=(jax.ShapeDtypeStruct((1, 8), jnp.int32),),
             loss=loss,
-            evaluate=evaluate,
+            evaluate=lambda adapter, variables, examples: score(
+                predict, adapter, variables, examples, pad
+            )[0],
             metric=self.metric,
             higher_is_better=self.metric != "loss",
             cut=cut,
         )
+
+    def measure(self, trained: Any, data: str | None = None) -> tuple[dict[str, float], list[Any]]:
+        """Loss, accuracy, F1 and MCC, and each row's text, label and prediction."""
+        rows = self.rows(data) if data else self._split()[1]
+        examples, _ = encode(trained.tokenizer, rows, self.classes, self.max_length)
+        check_tokens(examples, trained.model, self.max_length)
+        pad = {"input_ids": trained.tokenizer.pad_token_id or 0}
+        scores, given = score(
+            _predictor(trained.model), trained.adapter, {"params": trained.params}, examples, pad
+        )
+        answers = [
+            {**row.fields, "predicted": self.classes[i]} for row, i in zip(rows, given, strict=True)
+        ]
+        return scores, answers
+
+    def _split(self) -> tuple[list[Row], list[Row]]:
+        rows = self.rows(self.data)
+        train, valid = (rows, self.rows(self.valid)) if self.valid else held_out(rows, self)
+        return train[: self.limit], valid[: self.limit]
 
 
 def encode(
@@ -165,7 +177,7 @@ def encode(
     options: dict[str, Any] = {"truncation": True, "max_length": max_length}
     encoded = tokenizer(texts, *([pairs] if pairs else []), **options)
     names = [n for n in ("input_ids", "token_type_ids") if n in encoded and (pairs or n[0] == "i")]
-    examples = [
+    examples: list[Example] = [
         {name: np.array(encoded[name][i]) for name in names} | {"label": label}
         for i, label in enumerate(labels)
     ]
@@ -174,9 +186,11 @@ def encode(
 
 
 def logits_of(model: Any, adapter: Any, variables: Any, batch: Any, **kwargs: Any) -> jax.Array:
-    """(batch, classes)."""
+    """(batch, classes); an adapter of None gives the base's."""
     names = ("input_ids", "attention_mask", "token_type_ids")
     inputs = {name: batch[name] for name in names if name in batch}
+    if adapter is None:
+        return model.apply(variables, **inputs, **kwargs)
     return lora_apply(model, variables, adapter, **inputs, **kwargs)
 
 
@@ -184,28 +198,43 @@ def class_loss(logits: jax.Array, batch: Any, label_smoothing: float = 0.0) -> j
     """The mean cross entropy over the rows that are real."""
     logits = logits.astype(jnp.float32)
     targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
-    losses = optax.softmax_cross_entropy(
-        logits, optax.smooth_labels(targets, label_smoothing) if label_smoothing else targets
-    )
+    losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
     return jnp.sum(losses * batch["weight"]) / jnp.sum(batch["weight"])
 
 
 def score(
     predict: Any, adapter: Any, variables: Any, examples: Sequence[Example], pad: Any
-) -> dict[str, float]:
-    """Loss, accuracy, F1 and MCC; `predict` gives a batch's classes and losses."""
-    batches = Batches(examples, 64, pad=pad)
-    labels, predictions, losses = [], [], []
+) -> tuple[dict[str, float], list[int]]:
+    """Loss, accuracy, F1 and MCC, and the class given to each example.
+
+    Args:
+      predict: `(adapter, variables, batch) -> (classes, losses)`, compiled.
+      adapter: the adapter.
+      variables: the base.
+      examples: the examples.
+      pad: what to pad each sequence with.
+
+    Returns:
+      {metric: value}, and a class for each example.
+    """
+    order = np.argsort([len(example["input_ids"]) for example in examples], kind="stable")
+    batches = Batches([examples[i] for i in order], 64, pad=pad)
+    found = []
     for batch in batches:
         real = batch["weight"] > 0
-        classes, loss = jax.device_get(predict(adapter, variables, batch))
-        labels += batch["label"][real].tolist()
-        predictions += classes[real].tolist()
-        losses += loss[real].tolist()
-    return {"loss": float(np.mean(losses))} | classification_scores(labels, predictions)
+        classes, losses = jax.device_get(predict(adapter, variables, batch))
+        found += zip(classes[real].tolist(), losses[real].tolist(), strict=True)
+    given = [0] * len(examples)
+    for i, (number, _) in zip(order, found, strict=True):
+        given[i] = number
+    scores = classification_scores([example["label"] for example in examples], given)
+    return {"loss": float(np.mean([loss for _, loss in found]))} | scores, given
 
 
-def _evaluated(model: Any, adapter: Any, variables: Any, batch: Any) -> tuple[Any, Any]:
-    logits = logits_of(model, adapter, variables, batch).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    return jnp.argmax(logits, -1), losses
+def _predictor(model: Any) -> Any:
+    def predict(adapter: Any, variables: Any, batch: Any) -> tuple[Any, Any]:
+        logits = logits_of(model, adapter, variables, batch).astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return jnp.argmax(logits, -1), losses
+
+    return make_eval_step(predict)

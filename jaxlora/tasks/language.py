@@ -47,9 +47,11 @@ def token_losses(
 
 
 def logits_of(model: Any, adapter: Any, variables: Any, batch: Any, **kwargs: Any) -> jax.Array:
-    """(batch, seq, vocab)."""
+    """(batch, seq, vocab); an adapter of None gives the base's."""
     names = ("input_ids", "attention_mask", "position_ids")
     inputs = [batch[name] for name in names if name in batch]
+    if adapter is None:
+        return model.apply(variables, *inputs, **kwargs)
     return lora_apply(model, variables, adapter, *inputs, **kwargs)
 
 
@@ -74,13 +76,17 @@ def make_evaluate(model: Any, batch_size: int, pad: Any) -> Any:
     )
 
     def evaluate(adapter: Any, variables: Any, examples: Sequence[Example]) -> dict[str, float]:
-        batches = Batches(examples, batch_size, pad=pad)
+        batches = Batches(sorted(examples, key=_length), batch_size, pad=pad)
         found = [jax.device_get(sums(adapter, variables, batch)) for batch in batches]
         total, count = (float(np.sum([pair[i] for pair in found])) for i in (0, 1))
         mean = total / count
         return {"loss": mean, "perplexity": float(np.exp(min(mean, 80.0)))}
 
     return evaluate
+
+
+def _length(example: Example) -> int:
+    return len(example["input_ids"])
 
 
 def counted(
@@ -91,11 +97,11 @@ def counted(
     Raises:
       DataError: no token that counts is left.
     """
-    mask = np.array(mask[:max_length], np.int32)
-    mask[:1] = 0  # nothing stands before the first token to predict it from
-    if not mask.any():
+    counts = np.array(mask[:max_length], np.int32)
+    counts[:1] = 0  # nothing stands before the first token to predict it from
+    if not counts.any():
         raise DataError(
             f"{row.where} has {len(ids)} tokens, and none to learn within the first {max_length}. "
             "Raise max_length, or shorten the row."
         )
-    return {"input_ids": np.array(ids[:max_length]), "loss_mask": mask}, len(ids) > max_length
+    return {"input_ids": np.array(ids[:max_length]), "loss_mask": counts}, len(ids) > max_length

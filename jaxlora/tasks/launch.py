@@ -125,9 +125,9 @@ def load_run(folder: str | Path, which: str = BEST) -> Trained:
         raise RunError(
             f"Run {folder} has no checkpoint '{which}'. It has {', '.join(there) or 'none yet'}."
         )
-    pretrained = settings.load()
-    adapter = load_adapter(checkpoint, params=pretrained[1])
-    return Trained(settings, *pretrained, adapter)
+    model, params, tokenizer = settings.load()
+    adapter = load_adapter(checkpoint, params=params)
+    return Trained(settings, model, params, tokenizer, adapter)
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
@@ -158,7 +158,9 @@ def from_dict(fields: dict[str, Any]) -> Settings:
             raise ConfigError(
                 f"Task {task} has no setting '{name}'. Nearest: {', '.join(nearest(name, known))}."
             )
-    values = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+    values: dict[str, Any] = {
+        name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()
+    }
     return TASKS[task](**values)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxlora.batches import Example
 from jaxlora.errors import ConfigError
+from jaxlora.metrics import generation_scores
 from jaxlora.rows import Row, read_rows, text_of
 from jaxlora.tasks.base import (
     Problem,
@@ -73,21 +74,13 @@ class Nlg(Settings):
     def problem(self, pretrained: Any) -> Problem:
         """The rows as tokens, the smoothed loss of the texts, and its perplexity."""
         model, params, tokenizer = pretrained
-        rows = self.rows(self.data)
-        if self.valid:
-            train, valid = rows, self.rows(self.valid)
-        else:
-            train, valid = held_out_groups(rows, self.valid_share)
-        sets, cut = [], 0
-        for part in (train[: self.limit], valid[: self.limit]):
-            found = [encode(tokenizer, row, self.max_length) for row in part]
-            sets.append([example for example, _ in found])
-            cut += sum(shortened for _, shortened in found)
-            check_tokens(sets[-1], model, self.max_length)
+        (train, cut), (valid, cut_valid) = (
+            self._encoded(model, tokenizer, part) for part in self._split()
+        )
         pad = {"input_ids": tokenizer.pad_token_id or 0}
         return Problem(
-            train=sets[0],
-            valid=sets[1],
+            train=train,
+            valid=valid,
             pad=pad,
             config=adapter_config(self, params),
             inputs=INPUTS,
@@ -95,8 +88,62 @@ class Nlg(Settings):
             evaluate=make_evaluate(model, self.batch_size, pad),
             metric="loss",
             higher_is_better=False,
-            cut=cut,
+            cut=cut + cut_valid,
         )
+
+    def measure(self, trained: Any, data: str | None = None) -> tuple[dict[str, float], list[Any]]:
+        """Loss and perplexity of the texts; BLEU, chrF, NIST, ROUGE-L and CIDEr of generated ones.
+
+        Each meaning is put into words once, by beam search, and held against all its references.
+        """
+        rows = self.rows(data) if data else self._split()[1]
+        examples, _ = self._encoded(trained.model, trained.tokenizer, rows)
+        pad = {"input_ids": trained.tokenizer.pad_token_id or 0}
+        evaluate = make_evaluate(trained.model, self.batch_size, pad)
+        scores = evaluate(trained.adapter, {"params": trained.params}, examples)
+        groups = grouped(rows)
+        texts = self.texts(trained, list(groups))
+        answers = [
+            {"mr": meaning, "text": text, "references": groups[meaning]}
+            for meaning, text in zip(groups, texts, strict=True)
+        ]
+        return scores | generation_scores(texts, list(groups.values())), answers
+
+    def texts(self, trained: Any, meanings: Sequence[str]) -> list[str]:
+        """A text for each meaning, by beam search."""
+        from jaxlora.generate import generate
+
+        texts = []
+        for start in range(0, len(meanings), self.batch_size):
+            part = meanings[start : start + self.batch_size]
+            found = generate(
+                trained.model,
+                {"params": trained.params},
+                [prompt_ids(trained.tokenizer, meaning) for meaning in part],
+                adapter=trained.adapter,
+                max_new_tokens=self.max_new_tokens,
+                num_beams=self.beams,
+                length_penalty=self.length_penalty,
+                tokenizer=trained.tokenizer,
+            )
+            texts += [text.strip() for text in found.text or []]
+        return texts
+
+    def _split(self) -> tuple[list[Row], list[Row]]:
+        rows = self.rows(self.data)
+        if self.valid:
+            train, valid = rows, self.rows(self.valid)
+        else:
+            train, valid = held_out_groups(rows, self.valid_share)
+        return train[: self.limit], valid[: self.limit]
+
+    def _encoded(
+        self, model: Any, tokenizer: Any, rows: Sequence[Row]
+    ) -> tuple[list[Example], int]:
+        found = [encode(tokenizer, row, self.max_length) for row in rows]
+        examples = [example for example, _ in found]
+        check_tokens(examples, model, self.max_length)
+        return examples, sum(cut for _, cut in found)
 
     def rows(self, data: str) -> list[Row]:
         """The rows of a file, with columns mr and text."""
