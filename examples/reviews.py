@@ -28,9 +28,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jaxlora as jl
+from jaxlora import models
 from jaxlora.datasets import load_reviews
 from jaxlora.fetch import fetch
-from jaxlora.models import bert
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it only tokenizes here
 matplotlib.use("Agg")
@@ -194,7 +194,7 @@ def pretrained(seed: int) -> tuple[Any, Any, Any]:
     """The model with a fresh head of two classes."""
     with console.status("fetching all-MiniLM-L6 (once)"):
         folder = fetch("minilm")
-    return bert.from_pretrained(
+    return models.from_pretrained(
         folder, head="classification", num_labels=2, pooling="mean", key=jax.random.key(seed)
     )
 

@@ -97,7 +97,13 @@ class LlamaConfig(ModelConfig):
                 )
         if fields.get("model_type") == "qwen3":
             fields.setdefault("head_dim", 128)
-        return super().from_dict({k: v for k, v in fields.items() if v is not None})
+        config = super().from_dict({k: v for k, v in fields.items() if v is not None})
+        # Values that are what None means: one config has one form.
+        if config.head_dim and config.head_dim * config.num_attention_heads == config.hidden_size:
+            config = dataclasses.replace(config, head_dim=None)
+        if config.num_key_value_heads == config.num_attention_heads:
+            config = dataclasses.replace(config, num_key_value_heads=None)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of Hugging Face's config.json."""

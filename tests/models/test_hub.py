@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -166,23 +165,6 @@ def test_damaged_indexes(tmp_path):
         index.write_text(text)
         with pytest.raises(CheckpointError, match=message):
             hub.read_safetensors(tmp_path)
-
-
-def test_read_params(tmp_path):
-    save_file(ARRAYS, tmp_path / hub.WEIGHTS)
-    tensors = hub.read_safetensors(tmp_path)
-    wanted = {
-        "a/kernel": jax.ShapeDtypeStruct((3, 2), jnp.float32),
-        "b/bias": jax.ShapeDtypeStruct((4,), jnp.float32),
-    }
-    params = hub.read_params(tensors, {"a.weight": "a/kernel", "b.bias": "b/bias"}, wanted, "M")
-    np.testing.assert_array_equal(params["a/kernel"], ARRAYS["a.weight"].T)
-    np.testing.assert_array_equal(params["b/bias"], np.arange(4.0))
-    assert {array.dtype for array in params.values()} == {jnp.dtype(jnp.float32)}
-    with pytest.raises(
-        CheckpointError, match=r"fit M .* Missing \(1\): b/bias. Unexpected \(1\): b.bias."
-    ):
-        hub.read_params(tensors, {"a.weight": "a/kernel", "b.bias": None}, wanted, "M")
 
 
 # The tokenizer.
