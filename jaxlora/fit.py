@@ -239,15 +239,15 @@ def _bar(steps: int, at: int, quiet: bool) -> Iterator[Callable[..., None]]:
         rich.TextColumn("{task.description}"),
         rich.BarColumn(),
         rich.MofNCompleteColumn(),
-        rich.TextColumn("loss {task.fields[loss]:.4f}"),
+        rich.TextColumn("loss {task.fields[loss]}"),
         rich.TimeElapsedColumn(),
         rich.TimeRemainingColumn(),
     )
     with rich.Progress(*columns) as progress:
-        task = progress.add_task("training", total=steps, completed=at, loss=math.nan)
+        task = progress.add_task("training", total=steps, completed=at, loss="-")
 
         def show(at: int, loss: float | None, scores: Mapping[str, float] | None) -> None:
-            progress.update(task, completed=at, **({} if loss is None else {"loss": loss}))
+            progress.update(task, completed=at, **({} if loss is None else {"loss": f"{loss:.4f}"}))
             if scores:
                 said = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
                 progress.console.print(f"step {at}: validation {said}", highlight=False)

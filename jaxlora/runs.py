@@ -44,21 +44,12 @@ class Run:
         *,
         resume: bool = False,
     ) -> None:
+        check(folder, config, resume=resume)
         self.folder = Path(folder)
-        there = (self.folder / CONFIG).is_file()
-        if there and not resume and (self.folder / METRICS).exists():
-            raise RunError(
-                f"{self.folder} holds a run already, expected a new folder. Go on with it "
-                "(`resume`), choose another folder, or remove it."
-            )
-        if resume and not there:
-            raise RunError(f"{self.folder} holds no run to go on with: it has no {CONFIG}.")
         self._writer: Any = None
         self._purge: int | None = None
         if resume:
             self.config = read_config(self.folder)
-            if config is not None:
-                _check_same(self.config, dict(config), self.folder)
         else:
             self.config = dict(config or {})
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -145,6 +136,25 @@ class Run:
 
 VALID = "valid_"
 """What the names of an evaluation's metrics start with."""
+
+
+def check(
+    folder: str | os.PathLike[str], config: Mapping[str, Any] | None = None, *, resume: bool = False
+) -> None:
+    """Raises RunError unless a run may start in the folder, or go on there with these settings."""
+    folder = Path(folder)
+    there = (folder / CONFIG).is_file()
+    if not resume and there and (folder / METRICS).exists():
+        raise RunError(
+            f"{folder} holds a run already, expected a new folder. Go on with it (`--resume`), "
+            "choose another folder, or remove it."
+        )
+    if not resume:
+        return
+    if not there:
+        raise RunError(f"{folder} holds no run to go on with: it has no {CONFIG}.")
+    if config is not None:
+        _check_same(read_config(folder), dict(config), folder)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -59,9 +59,9 @@ def _run(path: Path) -> None:
         for row in scores:
             table.add_row(*(f"{value:.4g}" for value in row.values()))
         _print(table)
-    for name in (runs.BEST, runs.LAST):
-        if (path / name).is_dir():
-            _adapter(path / name)
+    there = [name for name in (runs.BEST, runs.LAST) if (path / name).is_dir()]
+    if there:
+        _adapter(path / there[0])
 
 
 def _is_evaluation(row: dict[str, float]) -> bool:
@@ -82,7 +82,9 @@ def _adapter(path: Path) -> None:
 
 
 def _sites(spec: Spec, title: str) -> Any:
-    table = _rich("table").Table("path", "kind", "kernel", "rank", "scaling", "params", title=title)
+    table = _rich("table").Table(title=title)
+    for name in ("path", "kind", "kernel", "rank", "scaling", "params"):
+        table.add_column(name, overflow="fold")
     for site in spec.sites:
         count = sum(map(math.prod, site.leaf_shapes(site.trained).values()))
         shape = str(site.layout.shape)

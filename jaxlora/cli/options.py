@@ -1,6 +1,7 @@
 """Flags of a command from a dataclass, with `--config file.yaml` beneath them."""
 
 import dataclasses
+import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, default: T | None = Non
         default = kind(**(missing | values))
     else:
         default = dataclasses.replace(default, **values)  # type: ignore[type-var]
-    about = f"{kind.__doc__}\n\n--config FILE reads the flags from a YAML file; flags override it."
+    about = f"{inspect.cleandoc(kind.__doc__ or prog)}\n\n--config FILE reads the flags from a YAML file; flags override it."
     return tyro.cli(kind, args=rest, default=default, prog=prog, description=about)
 
 

@@ -1,6 +1,7 @@
 """`jaxlora train TASK`."""
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,9 @@ def _described(kind: type) -> Any:
         "--resume goes on with the run in --out, with its settings. --quiet shows no progress.\n"
         "Ctrl-C saves and leaves."
     )
-    return type(kind.__name__, (kind,), {"__doc__": f"{kind.__doc__}\n\n{more}"})
+    return type(
+        kind.__name__, (kind,), {"__doc__": f"{inspect.cleandoc(kind.__doc__ or '')}\n\n{more}"}
+    )
 
 
 def _help() -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxlora import runs
 from jaxlora.adapter import Adapter, summary
 from jaxlora.batches import Batches
 from jaxlora.checkpoint import load_adapter, recover
@@ -57,6 +58,7 @@ def train(
         a loss that is not finite.
     """
     settings = settings.filled()
+    runs.check(settings.out, to_dict(settings), resume=resume)
     pretrained = settings.load()
     problem = settings.problem(pretrained)
     model, params, _ = pretrained
