@@ -45,7 +45,8 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, default: T | None = Non
         default = kind(**(missing | values))
     else:
         default = dataclasses.replace(default, **values)  # type: ignore[type-var]
-    about = f"{inspect.cleandoc(kind.__doc__ or prog)}\n\n--config FILE reads the flags from a YAML file; flags override it."
+    more = "--config FILE reads the flags from a YAML file; flags override it."
+    about = f"{inspect.cleandoc(kind.__doc__ or prog)}\n\n{more}"
     return tyro.cli(kind, args=rest, default=default, prog=prog, description=about)
 
 
