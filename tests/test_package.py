@@ -62,6 +62,7 @@ OPTIONAL = (
     "nltk",
     "rouge_score",
     "pycocoevalcap",
+    "gguf",
 )
 
 

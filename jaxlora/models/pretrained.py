@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.errors import CheckpointError, ConfigError, listing, nearest
-from jaxlora.models import bert, hub, llama, weights
+from jaxlora.models import bert, llama, weights
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.names import Names
+from jaxlora.models.source import open_source
 
 Array = jax.Array
 Specs = Callable[[str, tuple[int, ...]], jax.sharding.PartitionSpec]
@@ -115,13 +116,14 @@ def from_pretrained(
     revision: str | None = None,
     **options: Any,
 ) -> Pretrained:
-    """Load a model from a folder in Hugging Face's form, or from the hub.
+    """Load a model from a folder in Hugging Face's form, from the hub, or from a GGUF file.
 
     The architecture is that of config.json's `model_type`. The weights must be there and fit to the
     last tensor, those of other heads aside. A head that the checkpoint lacks is drawn from `key`.
 
     Args:
-      dir_or_hub_id: a folder with config.json and safetensors weights, or a hub id.
+      dir_or_hub_id: a folder with config.json and safetensors weights, a hub id, a GGUF file, or a
+        folder with just one.
       head: what the model is for: "classification", "token", "embedding", "lm", or "none" for the
         model itself; default: the first that the architecture has.
       num_labels: number of logits of a classification head; default: what config.json says.
@@ -156,10 +158,9 @@ def from_pretrained(
       >>> model.apply({"params": params}, **batch).shape
       (2, 384)
     """
-    folder = hub.resolve(dir_or_hub_id, revision)
-    config_json = hub.read_config(folder)
-    arch = architecture(config_json.get("model_type"))
-    config = arch.config.from_dict(config_json)
+    source = open_source(dir_or_hub_id, revision)
+    arch = architecture(source.config.get("model_type"))
+    config = arch.config.from_dict(source.config)
     config = dataclasses.replace(
         config,
         dtype=dtype,
@@ -170,8 +171,8 @@ def from_pretrained(
     )
     if dropout is not None:
         config = config.with_dropout(dropout)
-    labels = _num_labels(config_json) if num_labels is None else num_labels
-    tensors = hub.read_safetensors(folder)
+    labels = _num_labels(source.config) if num_labels is None else num_labels
+    tensors = source.tensors
     stored = _stored(tensors, arch)
     if fresh_head:  # a pooler is no head: it stays
         tops = {"classifier", "score"}
@@ -198,8 +199,8 @@ def from_pretrained(
     params = weights.read_params(
         tensors, arch.names, stored, wanted, type(model).__name__, shardings
     )
-    params |= _init_fresh(model, arch.example(config), fresh, key, folder, shardings)
-    return Pretrained(model, weights.nested(params), hub.read_tokenizer(folder))
+    params |= _init_fresh(model, arch.example(config), fresh, key, source.where, shardings)
+    return Pretrained(model, weights.nested(params), source.read_tokenizer())
 
 
 def save_pretrained(
@@ -330,7 +331,7 @@ def _num_labels(config_json: Mapping[str, Any]) -> int:
     return len(labels) if isinstance(labels, Mapping) else config_json.get("num_labels", 2)
 
 
-def _stored(tensors: hub.Tensors, arch: Architecture) -> dict[str, str]:
+def _stored(tensors: weights.AnyTensors, arch: Architecture) -> dict[str, str]:
     """{torch's name without the base's prefix: the tensor's name}; older names are today's here."""
     stored: dict[str, str] = {}
     for name in tensors:
@@ -358,7 +359,7 @@ def _scope(arch: Architecture, path: str) -> str:
 
 
 def _check_labels(
-    tensors: hub.Tensors,
+    tensors: weights.AnyTensors,
     arch: Architecture,
     stored: Mapping[str, str],
     wanted: Mapping[str, jax.ShapeDtypeStruct],

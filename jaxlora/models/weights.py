@@ -11,15 +11,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlora.errors import CheckpointError, listing, optional
+from jaxlora.models.gguf import GgufTensors
 from jaxlora.models.hub import WEIGHTS, WEIGHTS_INDEX, Tensors
 from jaxlora.models.names import Names
 
 Sharding = jax.sharding.Sharding
+AnyTensors = Tensors | GgufTensors
 _SHARD_BYTES = 5 * 10**9
 
 
 def read_params(
-    tensors: Tensors,
+    tensors: AnyTensors,
     names: Names,
     stored: Mapping[str, str],
     wanted: Mapping[str, jax.ShapeDtypeStruct],
@@ -164,7 +166,7 @@ def _sources(names: Names, path: str, leaf: jax.ShapeDtypeStruct) -> list[str]:
 class _Slices:
     """One tensor as a leaf, or one layer of it, sees it: in our order of axes."""
 
-    def __init__(self, tensors: Tensors, name: str, names: Names, path: str) -> None:
+    def __init__(self, tensors: AnyTensors, name: str, names: Names, path: str) -> None:
         self.tensors, self.name = tensors, name
         self.axes = names.torch_axes(path, len(tensors.shape(name)))
 
