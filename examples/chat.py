@@ -12,6 +12,7 @@ GPT-2 the fused `c_attn` is adapted on q and v only, beside `c_fc` and `c_proj`.
 """
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 
@@ -101,4 +102,5 @@ def answer(speakers: Speakers, question: str, options: Options) -> str:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it only tokenizes here
     main(tyro.cli(Options))

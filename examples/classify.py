@@ -11,6 +11,7 @@ verified. Two files of any number of classes, and a BERT, RoBERTa or DeBERTa, wo
 """
 
 import dataclasses
+import os
 import random
 import time
 from pathlib import Path
@@ -196,4 +197,5 @@ def latencies(ways: dict[str, Any], rounds: int = 20) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it only tokenizes here
     main(tyro.cli(Options))

@@ -12,6 +12,7 @@ words once and held against all its references.
 """
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 
@@ -78,4 +79,5 @@ def main(options: Options) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it only tokenizes here
     main(tyro.cli(Options))

@@ -10,6 +10,7 @@ and a head of its own.
 """
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -124,4 +125,5 @@ def switch_merged(params: Any, adapters: list[jl.Adapter], rounds: int = 10) -> 
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it only tokenizes here
     main(tyro.cli(Options))

@@ -204,7 +204,7 @@ def optimizer(settings: Settings, steps: int) -> tuple[optax.GradientTransformat
         "linear": optax.linear_schedule(rate, 0.0, after),
         "constant": optax.constant_schedule(rate),
     }
-    rise = optax.linear_schedule(0.0, rate, max(1, warmup))
+    rise = optax.linear_schedule(rate / (warmup + 1), rate, max(1, warmup))
     schedule = optax.join_schedules([rise, decays[settings.decay]], [warmup])
     adamw = optax.adamw(schedule, weight_decay=settings.weight_decay)
     return optax.chain(optax.clip_by_global_norm(settings.clip), adamw), schedule
