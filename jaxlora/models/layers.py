@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.errors import ConfigError, ModelError
+from jaxlora.models.cache import Slice
 from jaxlora.models.config import ModelConfig
 
 Array = jax.Array
@@ -111,16 +112,16 @@ def run_layers(
 
     Args:
       c: the config.
-      layer: a module `layer(c, **fields)(x, kv, *shared) -> (x, kv)`.
+      layer: a module `layer(c, **fields)(x, own, *shared) -> (x, own)`, `own` for `cache.extend`.
       name: `{name}_0`, `{name}_1`, … are the layers' scopes; `{name}` that of the scanned one.
       x: the input of the first layer.
-      kv: what each layer has for itself, such as its keys and values: a tuple with one tree a
-        layer, or stacked on axis 0 where the layers are scanned; None for nothing.
+      kv: the layers' keys and values: a tuple with one pair a layer, or one pair stacked on axis 0
+        where the layers are scanned; None for nothing.
       *shared: what all layers are given.
       **fields: further fields of the module.
 
     Returns:
-      The output of the last layer, and the layers' own trees, tuple or stacked as they came.
+      The output of the last layer, and the layers' keys and values, tuple or stacked as they came.
     """
     if c.remat:  # inside a scan there is nothing to share with, so no barrier is needed
         layer = nn.remat(layer, prevent_cse=not c.scan_layers)
@@ -131,16 +132,24 @@ def run_layers(
             x, own = layer(c, **fields, name=f"{name}_{n}")(x, own, *shared)
             out.append(own)
         return x, None if kv is None else tuple(out)
+
+    def run(module: Any, carry: Any, n: Array, *shared: Any) -> tuple[Any, None]:
+        x, kv = carry
+        x, own = module(x, None if kv is None else Slice(kv, n), *shared)
+        return (x, None if kv is None else own.whole), None
+
     axes: Any = (0, *[nn.broadcast] * len(shared))
     scanned: Any = nn.scan(
-        layer,
+        run,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=axes,
         length=c.num_layers,
         metadata_params={nn.PARTITION_NAME: None},
     )
-    return scanned(c, **fields, name=name)(x, kv, *shared)
+    # The stack is carried, so that a layer writes its few new slots and no more.
+    carry, _ = scanned(layer(c, **fields, name=name), (x, kv), jnp.arange(c.num_layers), *shared)
+    return carry
 
 
 def classify(c: Any, x: Array, num_labels: int, dropout: float, deterministic: bool) -> Array:

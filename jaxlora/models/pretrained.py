@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.errors import CheckpointError, ConfigError, listing, nearest
-from jaxlora.models import bert, llama, weights
+from jaxlora.models import bert, gpt2, llama, weights
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.names import Names
 from jaxlora.models.source import open_source
@@ -41,7 +41,8 @@ class Architecture:
       names: how its params are called in torch.
       heads: {head: module}; a module takes `config`, `num_labels` where it has that field, and
         options that are its further fields.
-      torch_classes: {model_type: how torch's class names begin}: "Bert" of "BertModel".
+      torch_classes: {model_type: how torch's class names begin}: "Bert" of "BertModel". They end
+        as the class names here do.
       fresh: scopes of heads that a checkpoint may lack, to be drawn anew.
       other: pattern of tensors that are no params of ours: buffers, and heads that we do not have.
       row_parallel: pattern of modules whose kernel is sharded along its input under tensor
@@ -93,6 +94,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         fresh=("score",),
         other=r".*rotary_emb\.inv_freq$",
         row_parallel=r"self_attn/o_proj|mlp/down_proj",
+    ),
+    "gpt2": Architecture(
+        config=gpt2.GPT2Config,
+        names=gpt2.NAMES,
+        heads={
+            "lm": gpt2.GPT2LMHeadModel,
+            "classification": gpt2.GPT2ForSequenceClassification,
+            "none": gpt2.GPT2,
+        },
+        torch_classes={"gpt2": "GPT2"},
+        fresh=("score",),
+        other=r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias$",
+        row_parallel=r".*c_proj",
     ),
 }
 """The models that there are. A further one is a file beside these and an entry here."""
@@ -424,7 +438,8 @@ def _config_json(
     begin = arch.torch_classes[fields["model_type"]]
     ours = arch.heads["none"].__name__  # type: ignore[attr-defined]
     end = type(model).__name__.removeprefix(ours)
-    fields["architectures"] = [begin + (end if end.startswith("For") else "Model")]
+    theirs = end.startswith("For") or end.endswith("Model")
+    fields["architectures"] = [begin + (end if theirs else "Model")]
     fields["dtype"] = str(jax.tree.leaves(params)[0].dtype)
     if hasattr(model, "num_labels"):
         named = labels or [f"LABEL_{n}" for n in range(model.num_labels)]

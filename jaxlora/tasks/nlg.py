@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxlora.batches import Example
 from jaxlora.errors import ConfigError
+from jaxlora.generate import generate
 from jaxlora.metrics import generation_scores
 from jaxlora.rows import Row, read_rows, text_of
 from jaxlora.tasks.base import (
@@ -111,8 +112,6 @@ class Nlg(Settings):
 
     def texts(self, trained: Any, meanings: Sequence[str]) -> list[str]:
         """A text for each meaning, by beam search."""
-        from jaxlora.generate import generate
-
         texts = []
         for start in range(0, len(meanings), self.batch_size):
             part = meanings[start : start + self.batch_size]
