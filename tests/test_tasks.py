@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlora import models
+from jaxlora import algebra, models
 from jaxlora.batches import Batches, pack
 from jaxlora.errors import ConfigError, DataError, RunError
 from jaxlora.rows import Row
@@ -186,12 +186,38 @@ def test_gpt2_is_adapted_on_q_and_v_through_its_fused_kernel():
     assert set(config.targets) == {"c_attn", "c_fc", "c_proj"}
     assert dict(config.fused) == {"c_attn": (True, False, True)}
     assert set(adapter_config(Nlg(), params).targets) == {"c_attn"}
+
     config = adapter_config(Nlg(), {"l": {"q_proj": {"kernel": 0}, "v_proj": {"kernel": 0}}})
     assert set(config.targets) == {"(q_proj|v_proj)"}
     assert (config.rank, config.alpha) == (4, 32)
     assert adapter_config(Chat(rank=3), {"l": {"w": 0}}).alpha == 6
     with pytest.raises(ConfigError, match="no layers of the usual names"):
         adapter_config(Nlg(), {"l": {"w": np.zeros(2)}})
+
+
+def test_a_chat_of_gpt2_trains_through_the_mask(data, tmp_path):
+    settings = Chat(
+        model=str(tiny.gpt2(tmp_path / "gpt2")),
+        data=str(data / "talk.jsonl"),
+        max_length=64,
+        rank=2,
+        max_steps=2,
+        out=str(tmp_path / "run"),
+    )
+    train(settings, quiet=True, say=lambda line: None)
+    adapter = load_run(tmp_path / "run", "last").adapter
+    deltas = algebra.delta(adapter)
+    names = ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")
+    assert {path.split("/", 2)[2] for path in deltas} == {f"{name}/kernel" for name in names}
+    assert len(deltas) == 8
+    for path, delta in deltas.items():
+        assert delta.any()
+        if "c_attn" in path:  # q, k, v side by side
+            assert delta[:, :16].any()
+            assert not delta[:, 16:32].any()
+            assert delta[:, 32:].any()
+    with pytest.raises(ConfigError, match="max_length is 65, the model has 64 positions"):
+        train(dataclasses.replace(settings, max_length=65, out=str(tmp_path / "other")))
 
 
 def test_the_head_is_trained_in_full(folders, settings):

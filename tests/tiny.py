@@ -9,6 +9,7 @@ import transformers
 
 from jaxlora import models
 from jaxlora.models.bert import BertConfig, BertForSequenceClassification
+from jaxlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from jaxlora.models.llama import LlamaConfig, LlamaForCausalLM
 
 SPECIAL = ["[PAD]", "[UNK]", "[BOS]", "[EOS]"]
@@ -78,3 +79,11 @@ def causal(folder: Path, template: str | None = TEMPLATE) -> Path:
     model = LlamaForCausalLM(config)
     params = model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
     return models.save_pretrained(folder, model, params, tokenizer=tokenizer(template))
+
+
+def gpt2(folder: Path) -> Path:
+    """A GPT-2, which has no chat template."""
+    config = GPT2Config(vocab_size=64, n_positions=64, n_embd=16, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(config)
+    params = model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    return models.save_pretrained(folder, model, params, tokenizer=tokenizer())
