@@ -32,7 +32,7 @@ class Options:
     """"minilm", which is fetched, or a folder or hub id of an encoder."""
     out: str = "runs/tasks-example"
     """The folder of the runs; those that are there are used."""
-    limit: int = 2500
+    limit: int = 1200
     """Sentences of each task."""
     epochs: int = 2
     """Passes over them."""

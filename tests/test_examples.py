@@ -51,6 +51,7 @@ def test_tasks(tmp_path, capsys, monkeypatch):
     reviews = [(f"the film was {word}", label) for word, label in words.items()] * 5
     monkeypatch.setattr("jaxlora.tasks.classify.load_reviews", lambda which: reviews)
     module = example("tasks")
+    monkeypatch.setattr(module, "TASKS", ("movie", "nyt"))
     options = module.Options(
         model=str(tiny.encoder(tmp_path / "model")),
         out=str(tmp_path / "runs"),
@@ -63,7 +64,7 @@ def test_tasks(tmp_path, capsys, monkeypatch):
     assert set(table) == set(module.TASKS)
     said = capsys.readouterr().out
     assert "switch, merged" in said
-    assert "4 full copies" in said
+    assert "2 full copies" in said
 
 
 def test_chat(tmp_path, capsys):

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxlora.batches import Example
-from jaxlora.errors import ConfigError
+from jaxlora.errors import ConfigError, optional
 from jaxlora.generate import generate
 from jaxlora.metrics import generation_scores
 from jaxlora.rows import Row, read_rows, text_of
@@ -113,7 +113,9 @@ class Nlg(Settings):
     def texts(self, trained: Any, meanings: Sequence[str]) -> list[str]:
         """A text for each meaning, by beam search."""
         texts = []
-        for start in range(0, len(meanings), self.batch_size):
+        progress = optional("rich.progress", "Generating", "train")
+        starts = range(0, len(meanings), self.batch_size)
+        for start in progress.track(starts, "generating", transient=True):
             part = meanings[start : start + self.batch_size]
             found = generate(
                 trained.model,
