@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -261,3 +263,9 @@ def test_config_files_that_are_wrong(text, message, tmp_path):
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         parse(Settings, [f"--config={file}"], "test")
+
+
+def test_the_console_script_is_main():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    name, _, attribute = tomllib.loads(text)["project"]["scripts"]["jaxlora"].partition(":")
+    assert getattr(importlib.import_module(name), attribute) is main

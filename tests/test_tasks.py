@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 from jaxlora import algebra, models
 from jaxlora.batches import Batches, pack
@@ -143,6 +145,30 @@ def test_only_the_answers_count_and_the_token_that_ends_them(template):
     everything = tokenizer.convert_ids_to_tokens(example["input_ids"])
     assert everything[everything.index("the") :][:2] == ["the", "food"]
     assert "film" in everything
+
+
+def test_the_plain_template_cuts_where_byte_level_bpe_does():
+    words = [" is", " it", " fine"]
+    pieces = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            merged = "Ġ" + word[1:end]
+            if merged not in pieces:
+                pieces.append(merged)
+                merges.append((merged[:-1], merged[-1]))
+    model = tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, merges)
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    messages = [
+        {"role": "user", "content": "is it"},
+        {"role": "assistant", "content": "it is fine"},
+    ]
+    example, _ = chat_task.encode(tokenizer, Row("line 1", {}), messages, 64)
+    answer = example["input_ids"][example["loss_mask"] == 1]
+    assert tokenizer.convert_ids_to_tokens(answer) == ["Ġit", "Ġis", "Ġfine", "<end>"]
 
 
 def test_packed_dialogues_have_the_loss_of_padded_ones(folders, settings):

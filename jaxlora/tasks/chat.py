@@ -26,9 +26,12 @@ ROLES = ("system", "user", "assistant")
 PLAIN = (
     "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""The chat template of a model that has none, such as GPT-2."""
+"""The chat template of a model that has none, such as GPT-2.
+
+What an answer starts with ends before the space: byte-level BPE puts the space to the word.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
