@@ -20,6 +20,7 @@ Batch = dict[str, np.ndarray]
 """{name: array}: sequences (batch, length), numbers (batch,), `attention_mask`, and `weight`."""
 
 _WINDOW = 20  # batches that are sorted by length together
+_PAYS = 25  # batches that save as much padding as a further length costs to compile
 
 
 def bucket_lengths(
@@ -86,7 +87,8 @@ class Batches(Sequence[Batch]):
     Attributes:
       examples: the examples.
       batch_size: rows of a batch.
-      lengths: what to pad to (`bucket_lengths`); by default the six best.
+      lengths: what to pad to; by default the best ones (`bucket_lengths`), as many as pay for
+        their compilation: one for each 25 batches, two to six of them.
       epochs: how often each example comes.
       seed: shuffles each epoch anew; None keeps the order given.
       pad: {name: value} to pad a sequence with; zero for those not named.
@@ -114,7 +116,8 @@ class Batches(Sequence[Batch]):
                 f"batch_size is {self.batch_size} and epochs is {self.epochs}, expected at least 1."
             )
         sizes = [len(example["input_ids"]) for example in self.examples]
-        lengths = tuple(sorted(self.lengths)) or bucket_lengths(sizes)
+        most = min(6, max(2, self.epochs * self.per_epoch // _PAYS))
+        lengths = tuple(sorted(self.lengths)) or bucket_lengths(sizes, most)
         if max(sizes, default=1) > lengths[-1]:
             raise DataError(
                 f"An example has {max(sizes)} tokens, expected at most {lengths[-1]}, the longest "

@@ -84,6 +84,7 @@ def test_like_lengths_share_a_batch_and_little_is_padding():
     one_length = Batches(examples(sizes), 16, lengths=(128,), seed=0)
     assert one_length.padding() > 0.45
     assert sorted_by_length.padding() < 0.18
+    assert len(Batches(examples(sizes[:100]), 16).lengths) == 2
     shapes = {b["input_ids"].shape for b in map(sorted_by_length.__getitem__, range(125))}
     assert len(shapes) <= 6
 
