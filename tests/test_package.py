@@ -43,6 +43,12 @@ ORDER = [
     "train",
     "algebra",
     "ranks",
+    "rows",
+    "batches",
+    "metrics",
+    "resume",
+    "runs",
+    "fit",
 ]
 OPTIONAL = (
     "transformers",
@@ -53,6 +59,14 @@ OPTIONAL = (
     "rich",
     "tyro",
     "qwix",
+    "grain",
+    "yaml",
+    "tensorboardX",
+    "sklearn",
+    "sacrebleu",
+    "nltk",
+    "rouge_score",
+    "pycocoevalcap",
     "gguf",
 )
 
