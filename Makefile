@@ -12,8 +12,7 @@ help: ## show this list
 install: $(VENV)/.installed ## install the package into .venv
 
 demo: $(VENV)/.demo ## fine-tune a real BERT on real reviews, save, load, merge (about 5 minutes)
-	$(BIN)/python examples/reviews.py train
-	$(BIN)/python examples/reviews.py check
+	$(BIN)/python examples/classify.py
 
 test: $(VENV)/.dev ## lint, type-check and run all the tests
 	$(BIN)/ruff check .
@@ -50,7 +49,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[demo]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train]'
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml

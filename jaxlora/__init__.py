@@ -10,6 +10,7 @@ from jaxlora.checkpoint import save_adapter as save_adapter
 from jaxlora.config import LoraConfig as LoraConfig
 from jaxlora.errors import LoraError as LoraError
 from jaxlora.eva import eva_init as eva_init
+from jaxlora.generate import generate as generate
 from jaxlora.init import lora_init as lora_init
 from jaxlora.initializers import register_init as register_init
 from jaxlora.joint import combine as combine
@@ -25,6 +26,7 @@ from jaxlora.merge import unmerge as unmerge
 from jaxlora.plan import Plan as Plan
 from jaxlora.plan import plan as plan
 from jaxlora.quantize import quantize as quantize
+from jaxlora.sampling import Sampling as Sampling
 from jaxlora.train import TrainState as TrainState
 from jaxlora.train import make_eval_step as make_eval_step
 from jaxlora.train import make_train_step as make_train_step

@@ -43,6 +43,7 @@ def save_adapter(
     *,
     params: tree.Tree | None = None,
     overwrite: bool = False,
+    items: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes an adapter's leaves and its spec as an Orbax checkpoint.
 
@@ -51,6 +52,8 @@ def save_adapter(
       adapter: the adapter.
       params: the base. Its fingerprint is stored, so that loading onto another one is an error.
       overwrite: replace an adapter that is there. It stays until the new one is whole.
+      items: further Orbax items (`orbax.checkpoint.args`) to keep in the folder, such as an
+        optimizer's state; `load_adapter` passes them over.
 
     Returns:
       The absolute path.
@@ -85,15 +88,19 @@ def save_adapter(
         "format": FORMAT,
         "versions": {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")},
         "spec": _spec_to_dict(adapter.spec),
-        "checksums": {p: _checksum(x) for p, x in leaves.items()},
+        "checksums": {p: checksum(x) for p, x in leaves.items()},
         "base": None if params is None else _fingerprint(params, adapter.spec),
     }
+    everything = {
+        _LEAVES: ocp.args.StandardSave(tree.nested(leaves)),
+        _ABOUT: ocp.args.JsonSave(about),
+    } | dict(items or {})
     final.parent.mkdir(parents=True, exist_ok=True)
     if not final.exists():
-        _write(final, leaves, about)
+        _write(final, everything)
         return final
     aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{final.name}.replaced-"))
-    _write(aside / "new", leaves, about)
+    _write(aside / "new", everything)
     os.rename(final, aside / "old")
     os.rename(aside / "new", final)
     shutil.rmtree(aside)
@@ -130,12 +137,12 @@ def load_adapter(path: str | os.PathLike[str], *, params: tree.Tree | None = Non
             restore = ocp.args.StandardRestore(tree.nested(target))
             restored = checkpointer.restore(final, args=ocp.args.Composite(**{_LEAVES: restore}))
     except Exception as e:
-        raise _damaged(final, e) from e
+        raise damaged(final, e) from e
     # Through the host: what Orbax restores is committed to its device, a fresh adapter is not,
     # and the two would take two entries of every jit cache.
     leaves = {p: jnp.asarray(np.asarray(x)) for p, x in tree.items(restored[_LEAVES])}
     for p, x in leaves.items():
-        if about["checksums"].get(p) != _checksum(x):
+        if about["checksums"].get(p) != checksum(x):
             raise CheckpointError(
                 f"{final} is damaged: leaf {p} does not have the checksum that was saved with it. "
                 "Go back to an earlier checkpoint."
@@ -146,17 +153,22 @@ def load_adapter(path: str | os.PathLike[str], *, params: tree.Tree | None = Non
     return spec.adapter(leaves)
 
 
-def _write(final: Path, leaves: Mapping[str, Any], about: dict[str, Any]) -> None:
+def recover(path: str | os.PathLike[str]) -> None:
+    """Finishes a `save_adapter(overwrite=True)` that was killed between its two renames.
+
+    Does nothing if there is an adapter at `path`, or no such left-over beside it.
+    """
+    final = Path(path).absolute()
+    for aside in sorted(final.parent.glob(f"{final.name}.replaced-*")):
+        if not final.exists() and _is_adapter(aside / "new"):
+            os.rename(aside / "new", final)
+        if final.exists():
+            shutil.rmtree(aside)
+
+
+def _write(final: Path, items: Mapping[str, Any]) -> None:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            final,
-            args=ocp.args.Composite(
-                **{
-                    _LEAVES: ocp.args.StandardSave(tree.nested(leaves)),
-                    _ABOUT: ocp.args.JsonSave(about),
-                }
-            ),
-        )
+        checkpointer.save(final, args=ocp.args.Composite(**items))
 
 
 def _about_file(folder: Path) -> Path:
@@ -183,7 +195,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         if not isinstance(found, int) or not isinstance(about["checksums"], dict):
             raise TypeError("format or checksums have the wrong type")
     except (ValueError, KeyError, TypeError, OSError) as e:
-        raise _damaged(_about_file(folder), e) from e
+        raise damaged(_about_file(folder), e) from e
     if found > FORMAT:
         raise CheckpointError(
             f"{folder} has format {found}, this jaxlora reads up to {FORMAT}. Upgrade jaxlora."
@@ -196,7 +208,7 @@ def _stored_leaves(folder: Path) -> dict[str, Any]:
     try:
         found = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / _LEAVES)).tree
     except Exception as e:
-        raise _damaged(folder, e) from e
+        raise damaged(folder, e) from e
     return tree.flat(found)
 
 
@@ -254,7 +266,7 @@ def _fingerprint(params: tree.Tree, spec: Spec) -> dict[str, Any]:
             isinstance(x, jax.Array) and x.is_fully_addressable
         )
         if concrete and path not in replaced:
-            content[path] = _checksum(x.ravel()[:: max(1, x.size // _SAMPLES)])
+            content[path] = checksum(x.ravel()[:: max(1, x.size // _SAMPLES)])
     return {
         "structure": _digest((path, x.shape) for path, x in shapes.items()),
         "dtypes": _digest(dtypes.items()),
@@ -268,11 +280,13 @@ def _digest(rows: Any) -> str:
     return hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()
 
 
-def _checksum(x: Any) -> int:
+def checksum(x: Any) -> int:
+    """The crc32 of an array's bytes."""
     return zlib.crc32(np.ascontiguousarray(jax.device_get(x)).tobytes())
 
 
-def _damaged(where: Path, e: Exception) -> CheckpointError:
+def damaged(where: Path, e: Exception) -> CheckpointError:
+    """The error about a checkpoint that cannot be read."""
     said = str(e).strip().split("\n")[0][:300]
     return CheckpointError(
         f"{where} is damaged: {type(e).__name__}: {said}. Go back to an earlier checkpoint."
@@ -303,5 +317,5 @@ def _spec_from_dict(about: Mapping[str, Any], folder: Path) -> Spec:
         spec = Spec(LoraConfig.from_dict(fields["config"]), tuple(sites), tuple(saved))
         spec.leaf_shapes  # noqa: B018  the layouts must make sense
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError) as e:
-        raise _damaged(_about_file(folder), e) from e
+        raise damaged(_about_file(folder), e) from e
     return spec

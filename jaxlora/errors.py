@@ -34,6 +34,14 @@ class CheckpointError(LoraError, ValueError):
     """A saved adapter or model that is damaged, foreign, or does not fit."""
 
 
+class DataError(LoraError, ValueError):
+    """Training data that cannot be read or used: file and line are named."""
+
+
+class RunError(LoraError, RuntimeError):
+    """A training run that cannot start, go on or be resumed."""
+
+
 class MissingDependencyError(LoraError, ImportError):
     """An optional dependency that is not installed."""
 

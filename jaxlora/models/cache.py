@@ -98,16 +98,43 @@ def view(
     return View(mask[:, None], positions, cache, None if cache is None else start)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """One layer's part of the keys and values of scanned layers.
+
+    Attributes:
+      whole: the pair (layers, batch, length, kv_heads, width).
+      layer: which layer's.
+    """
+
+    whole: tuple[Array, Array]
+    layer: Array
+
+
 def extend(own: Any, index: Array | None, k: Array, v: Array) -> tuple[Array, Array, Any]:
     """A layer's keys and values: its own, or those of its cache with its own written in.
+
+    Args:
+      own: the layer's pair, a `Slice` of all layers', or None without a cache.
+      index: the first slot to write.
+      k: the keys of this call's tokens.
+      v: their values.
 
     Returns:
       The keys and values to attend to, and what the cache keeps.
     """
     if own is None or index is None:
         return k, v, own
-    k, v = (
-        jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, index, 0, 0))
-        for old, new in zip(own, (k, v), strict=True)
-    )
+    if isinstance(own, Slice):
+        at = (own.layer, 0, index, 0, 0)
+        pairs = zip(own.whole, (k, v), strict=True)
+        whole = tuple(_written(old, new[None], at) for old, new in pairs)
+        k, v = (jax.lax.dynamic_index_in_dim(x, own.layer, keepdims=False) for x in whole)
+        return k, v, dataclasses.replace(own, whole=whole)
+    k, v = (_written(old, new, (0, index, 0, 0)) for old, new in zip(own, (k, v), strict=True))
     return k, v, (k, v)
+
+
+def _written(old: Array, new: Array, at: tuple[Any, ...]) -> Array:
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)

@@ -301,11 +301,10 @@ class _Encoder(nn.Module):
             relative = (table, _relative_index(c, x.shape[1]))
         if c.conv_kernel_size is not None:
             beside = _Conv(c, c.conv_kernel_size, name="conv")(x, mask, self.deterministic)
-            first = jnp.arange(c.num_layers) == 0
-            first = first if c.scan_layers else tuple(first)
+            first = np.arange(c.num_layers) == 0
         pairs = mask[:, None, :, None] & mask[:, None, None, :]  # (batch, 1, queries, keys)
         shared, fields = (pairs, relative, beside), {"deterministic": self.deterministic}
-        return layers.run_layers(c, _Layer, "layer", x, first, *shared, **fields)[0]
+        return layers.run_layers(c, _Layer, "layer", x, None, *shared, each=first, **fields)[0]
 
 
 class Deberta(nn.Module):

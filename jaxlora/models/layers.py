@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.errors import ConfigError, ModelError
+from jaxlora.models.cache import Slice
 from jaxlora.models.config import ModelConfig
 
 Array = jax.Array
@@ -105,42 +106,54 @@ def run_layers(
     x: Array,
     kv: Any,
     *shared: Any,
+    each: Any = None,
     **fields: Any,
 ) -> tuple[Array, Any]:
     """Runs a model's layers one after another, unrolled or scanned, with remat if asked for.
 
     Args:
       c: the config.
-      layer: a module `layer(c, **fields)(x, kv, *shared) -> (x, kv)`.
+      layer: a module `layer(c, **fields)(x, own, *shared) -> (x, own)`: what it has for itself is a
+        pair for `cache.extend`, or its item of `each`.
       name: `{name}_0`, `{name}_1`, … are the layers' scopes; `{name}` that of the scanned one.
       x: the input of the first layer.
-      kv: what each layer has for itself, such as its keys and values: a tuple with one tree a
-        layer, or stacked on axis 0 where the layers are scanned; None for nothing.
+      kv: the layers' keys and values: a tuple with one pair a layer, or one pair stacked on axis 0
+        where the layers are scanned; None for nothing.
       *shared: what all layers are given.
+      each: an array with an item for each layer, where there is no `kv`.
       **fields: further fields of the module.
 
     Returns:
-      The output of the last layer, and the layers' own trees, tuple or stacked as they came.
+      The output of the last layer, and the layers' keys and values, tuple or stacked as they came.
     """
     if c.remat:  # inside a scan there is nothing to share with, so no barrier is needed
         layer = nn.remat(layer, prevent_cse=not c.scan_layers)
     if not c.scan_layers:
         out = []
         for n in range(c.num_layers):
-            own = None if kv is None else kv[n]
+            own = kv[n] if kv is not None else None if each is None else each[n]
             x, own = layer(c, **fields, name=f"{name}_{n}")(x, own, *shared)
             out.append(own)
         return x, None if kv is None else tuple(out)
+
+    def run(module: Any, carry: Any, own: Any, *shared: Any) -> tuple[Any, None]:
+        x, kv = carry
+        x, own = module(x, own if kv is None else Slice(kv, own), *shared)
+        return (x, None if kv is None else own.whole), None
+
     axes: Any = (0, *[nn.broadcast] * len(shared))
     scanned: Any = nn.scan(
-        layer,
+        run,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=axes,
         length=c.num_layers,
         metadata_params={nn.PARTITION_NAME: None},
     )
-    return scanned(c, **fields, name=name)(x, kv, *shared)
+    # The stack is carried, so that a layer writes its few new slots and no more.
+    owns = each if kv is None else jnp.arange(c.num_layers)
+    carry, _ = scanned(layer(c, **fields, name=name), (x, kv), owns, *shared)
+    return carry
 
 
 def classify(c: Any, x: Array, num_labels: int, dropout: float, deterministic: bool) -> Array:

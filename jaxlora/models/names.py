@@ -56,6 +56,10 @@ class Names:
         """A torch name without the base's prefix."""
         return name.removeprefix(f"{self.base}.")
 
+    def bare_name(self, path: str) -> str:
+        """Torch's name of a leaf without the base's prefix; the path itself if it has none."""
+        return self.bare(self.torch_name(path) or path)
+
     def torch_axes(self, path: str, ndim: int) -> tuple[int, ...]:
         """Where each axis of a leaf stands in torch's tensor, for one layer of a stack."""
         module, _, leaf = path.removeprefix(f"{self.base}/").rpartition("/")

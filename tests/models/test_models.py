@@ -18,7 +18,7 @@ import jaxlora as jl
 from jaxlora import models
 from jaxlora.errors import ConfigError, ModelError
 from jaxlora.models import deberta, gpt2, roberta, vit, weights
-from jaxlora.models.pretrained import architecture
+from jaxlora.models.architectures import architecture
 
 REFERENCES = Path(__file__).parent.parent / "references"
 FAMILIES = ("llama", "gpt2", "roberta", "deberta", "vit")

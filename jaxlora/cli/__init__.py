@@ -1,0 +1,3 @@
+"""The command `jaxlora`: one file a command."""
+
+from jaxlora.cli.main import main as main
