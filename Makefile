@@ -25,6 +25,9 @@ test-interop: $(VENV)/.dev $(TORCH)/.installed ## compare with torch, PEFT and l
 	for library in peft loralib; do \
 	  $(TORCH)/bin/python tests/references/make_$$library.py $(TORCH)/references 1 || exit 1; done
 	JAXLORA_REFERENCES=$(TORCH)/references $(BIN)/python -m pytest tests/test_parity.py
+	rm -rf $(TORCH)/saved && mkdir $(TORCH)/saved
+	$(BIN)/python tests/references/check_saved.py write $(TORCH)/saved
+	$(TORCH)/bin/python tests/references/check_saved.py check $(TORCH)/saved
 
 lint: $(VENV)/.dev ## format and lint in place
 	$(BIN)/ruff check --fix .

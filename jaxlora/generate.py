@@ -136,7 +136,7 @@ def generate(
         found = beam.run(*given, found, rules, penalty, until)
         return _best(found, eos, tokenizer)
     state = decode.start(*given, ids, mask, rules, most=most)
-    writers = [Writer(tokenizer, stops) for _ in rows]
+    writers = [Writer(tokenizer, stops, live=bool(stops or stream)) for _ in rows]
     chunk = 1 if stream else _CHUNK if stops else max_new_tokens
     step = 1
     while True:

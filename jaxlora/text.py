@@ -76,22 +76,27 @@ class Writer:
     stop string. Characters that may be the beginning of one are held back, and so are those of
     which not all bytes have come.
 
+    Args:
+      tokenizer: a tokenizer, or None for ids alone.
+      stops: the stop strings.
+      live: give text as it comes; else `close` gives it all, decoded once. Stop strings need it.
+
     Attributes:
       ids: the ids so far; with a stop string, up to the one that completed it.
       text: the text given out so far.
       stopped: whether a stop string has come.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = (), *, live: bool = True) -> None:
         self.ids: list[int] = []
         self.text = ""
         self.stopped = False
-        self._tokenizer, self._stops = tokenizer, stops
+        self._tokenizer, self._stops, self._live = tokenizer, stops, live
 
     def add(self, token: int) -> str:
         """Takes one more id, and gives the text that is now sure."""
         self.ids.append(token)
-        if self._tokenizer is None:
+        if self._tokenizer is None or not self._live:
             return ""
         whole = self._decoded()
         found = [at for at in map(whole.find, self._stops) if at >= 0]

@@ -65,13 +65,16 @@ class BertConfig(ModelConfig):
         return self.hidden_dropout_prob if p is None else p
 
 
-class _Embeddings(nn.Module):
+class Embeddings(nn.Module):
+    """The sum of a token's three embeddings, normed."""
+
     config: BertConfig
 
     @nn.compact
     def __call__(
         self, input_ids: Array, token_type_ids: Array, position_ids: Array, deterministic: bool
     ) -> Array:
+        """Three times (batch, seq) to (batch, seq, hidden)."""
         c, width = self.config, self.config.hidden_size
         x = layers.embed(c, c.vocab_size, width, "word")(input_ids)  # (batch, seq, hidden)
         x += layers.embed(c, c.type_vocab_size, width, "token_type")(token_type_ids)
@@ -127,12 +130,15 @@ class _Layer(nn.Module):
         return Mlp(self.config, self.deterministic, name="mlp")(x), own
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
+    """The layers."""
+
     config: BertConfig
     deterministic: bool
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
+        """(batch, seq, hidden) and (batch, seq), True for tokens, to (batch, seq, hidden)."""
         c, fields = self.config, {"deterministic": self.deterministic}
         return layers.run_layers(c, _Layer, "layer", x, None, mask, **fields)[0]
 
@@ -194,9 +200,9 @@ class Bert(nn.Module):
         if position_ids is None:
             position_ids = jnp.arange(seq)[None]  # (1, seq)
 
-        embeddings = _Embeddings(c, name="embeddings")
+        embeddings = Embeddings(c, name="embeddings")
         x = embeddings(input_ids, token_type_ids, position_ids, deterministic)
-        x = _Encoder(c, deterministic, name="encoder")(x, mask)  # (batch, seq, hidden)
+        x = Encoder(c, deterministic, name="encoder")(x, mask)  # (batch, seq, hidden)
         if not self.add_pooler:
             return x, None
         pooled = nn.tanh(layers.dense(c, c.hidden_size, "pooler")(x[:, 0]))  # (batch, hidden)

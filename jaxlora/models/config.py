@@ -17,6 +17,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
     "relu": nn.relu,
     "silu": nn.silu,
+    "swish": nn.silu,
+    "tanh": nn.tanh,
 }
 """The activations by Hugging Face's names: "gelu" is exact, the other two are tanh."""
 
@@ -107,8 +109,8 @@ def is_dropout(name: str) -> bool:
 def check_field(field: dataclasses.Field[Any], value: Any) -> None:
     """Checks a field by its type and name.
 
-    An `int` is a size, so at least 1. Fields of dropout are probabilities. Other floats are finite
-    and not negative. A default of None allows None.
+    An `int` is a size, so at least 1, or a token's id, at least 0. Fields of dropout are
+    probabilities. Other floats are finite and not negative. A default of None allows None.
 
     Raises:
       ConfigError: a value that cannot mean anything, named.
@@ -120,12 +122,13 @@ def check_field(field: dataclasses.Field[Any], value: Any) -> None:
         if not _is_number(value) or not 0 <= value < 1:
             raise ConfigError(f"{name} is {value!r}, expected a probability in [0, 1).")
     elif field.type in (int, int | None):
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name} is {value!r}, expected an integer of at least 1.")
+        least = 0 if name.endswith("_token_id") else 1
+        if type(value) is not int or value < least:
+            raise ConfigError(f"{name} is {value!r}, expected an integer of at least {least}.")
     elif field.type is float:
         if not _is_number(value) or not 0 <= value < math.inf:
             raise ConfigError(f"{name} is {value!r}, expected a number of at least 0.")
-    elif name in ("hidden_act", "activation_function") and value not in ACTIVATIONS:
+    elif name.endswith(("_act", "activation_function")) and value not in ACTIVATIONS:
         raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(ACTIVATIONS)}.")
     elif name == "attention" and value not in (None, "xla", "cudnn"):
         raise ConfigError(f"attention is {value!r}, expected 'xla', 'cudnn' or None.")

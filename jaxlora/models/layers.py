@@ -106,18 +106,21 @@ def run_layers(
     x: Array,
     kv: Any,
     *shared: Any,
+    each: Any = None,
     **fields: Any,
 ) -> tuple[Array, Any]:
     """Runs a model's layers one after another, unrolled or scanned, with remat if asked for.
 
     Args:
       c: the config.
-      layer: a module `layer(c, **fields)(x, own, *shared) -> (x, own)`, `own` for `cache.extend`.
+      layer: a module `layer(c, **fields)(x, own, *shared) -> (x, own)`: what it has for itself is a
+        pair for `cache.extend`, or its item of `each`.
       name: `{name}_0`, `{name}_1`, … are the layers' scopes; `{name}` that of the scanned one.
       x: the input of the first layer.
       kv: the layers' keys and values: a tuple with one pair a layer, or one pair stacked on axis 0
         where the layers are scanned; None for nothing.
       *shared: what all layers are given.
+      each: an array with an item for each layer, where there is no `kv`.
       **fields: further fields of the module.
 
     Returns:
@@ -128,14 +131,14 @@ def run_layers(
     if not c.scan_layers:
         out = []
         for n in range(c.num_layers):
-            own = None if kv is None else kv[n]
+            own = kv[n] if kv is not None else None if each is None else each[n]
             x, own = layer(c, **fields, name=f"{name}_{n}")(x, own, *shared)
             out.append(own)
         return x, None if kv is None else tuple(out)
 
-    def run(module: Any, carry: Any, n: Array, *shared: Any) -> tuple[Any, None]:
+    def run(module: Any, carry: Any, own: Any, *shared: Any) -> tuple[Any, None]:
         x, kv = carry
-        x, own = module(x, None if kv is None else Slice(kv, n), *shared)
+        x, own = module(x, own if kv is None else Slice(kv, own), *shared)
         return (x, None if kv is None else own.whole), None
 
     axes: Any = (0, *[nn.broadcast] * len(shared))
@@ -148,7 +151,8 @@ def run_layers(
         metadata_params={nn.PARTITION_NAME: None},
     )
     # The stack is carried, so that a layer writes its few new slots and no more.
-    carry, _ = scanned(layer(c, **fields, name=name), (x, kv), jnp.arange(c.num_layers), *shared)
+    owns = each if kv is None else jnp.arange(c.num_layers)
+    carry, _ = scanned(layer(c, **fields, name=name), (x, kv), owns, *shared)
     return carry
 
 

@@ -56,6 +56,10 @@ class Names:
         """A torch name without the base's prefix."""
         return name.removeprefix(f"{self.base}.")
 
+    def bare_name(self, path: str) -> str:
+        """Torch's name of a leaf without the base's prefix; the path itself if it has none."""
+        return self.bare(self.torch_name(path) or path)
+
     def torch_axes(self, path: str, ndim: int) -> tuple[int, ...]:
         """Where each axis of a leaf stands in torch's tensor, for one layer of a stack."""
         module, _, leaf = path.removeprefix(f"{self.base}/").rpartition("/")
@@ -72,9 +76,9 @@ class Names:
     def _module_name(self, path: str) -> str | None:
         if path in self.modules:
             return None if "{}" in path else self.modules[path]
-        if (number := _NUMBER.search(path)) is not None:
+        for number in _NUMBER.finditer(path):  # more than one: h_0/ln_1
             start, end = number.span()
-            name = self.modules.get(f"{path[:start]}_{{}}{path[end:]}")
-            return None if name is None else name.format(number.group(1))
+            if (name := self.modules.get(f"{path[:start]}_{{}}{path[end:]}")) is not None:
+                return name.format(number.group(1))
         stacked = {ours.replace("_{}", ""): n for ours, n in self.modules.items() if "{}" in ours}
         return stacked.get(path)

@@ -1,11 +1,8 @@
-"""`from_pretrained` and `save_pretrained`: models in Hugging Face's form, in and out."""
+"""`from_pretrained`: a model from a folder in Hugging Face's form, the hub or a GGUF file."""
 
 import dataclasses
-import json
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlora.errors import CheckpointError, ConfigError, listing, nearest
-from jaxlora.models import bert, gpt2, llama, weights
+from jaxlora.errors import CheckpointError, ConfigError, listing
+from jaxlora.models import weights
+from jaxlora.models.architectures import Architecture, architecture
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.names import Names
+from jaxlora.models.sharding import Specs, default_specs
 from jaxlora.models.source import open_source
 
 Array = jax.Array
-Specs = Callable[[str, tuple[int, ...]], jax.sharding.PartitionSpec]
-"""(path, shape) -> how a leaf is sharded."""
 
 
 class Pretrained(NamedTuple):
@@ -30,86 +26,6 @@ class Pretrained(NamedTuple):
     model: Any
     params: dict[str, Any]
     tokenizer: Any
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What there is to know of a model to read and write its folders.
-
-    Attributes:
-      config: the class of its config.
-      names: how its params are called in torch.
-      heads: {head: module}; a module takes `config`, `num_labels` where it has that field, and
-        options that are its further fields.
-      torch_classes: {model_type: how torch's class names begin}: "Bert" of "BertModel". They end
-        as the class names here do.
-      fresh: scopes of heads that a checkpoint may lack, to be drawn anew.
-      other: pattern of tensors that are no params of ours: buffers, and heads that we do not have.
-      row_parallel: pattern of modules whose kernel is sharded along its input under tensor
-        parallelism, so that its layer sums over devices.
-      example: the shapes of the inputs that a model is initialized with.
-    """
-
-    config: type[ModelConfig]
-    names: Names
-    heads: Mapping[str, Callable[..., nn.Module]]
-    torch_classes: Mapping[str, str]
-    fresh: tuple[str, ...] = ()
-    other: str = r"(?!)"
-    row_parallel: str = r"(?!)"
-    example: Callable[[Any], jax.ShapeDtypeStruct] = lambda _: jax.ShapeDtypeStruct(
-        (1, 1), jnp.int32
-    )
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "bert": Architecture(
-        config=bert.BertConfig,
-        names=bert.NAMES,
-        heads={
-            "classification": bert.BertForSequenceClassification,
-            "token": bert.BertForTokenClassification,
-            "embedding": bert.BertEmbedder,
-            "none": bert.Bert,
-        },
-        torch_classes={"bert": "Bert"},
-        fresh=("pooler", "classifier"),
-        other=r"cls\.|qa_outputs\.|(bert\.)?embeddings\.position_ids$",
-        row_parallel=r"attention/out|mlp/down",
-    ),
-    "llama": Architecture(
-        config=llama.LlamaConfig,
-        names=llama.NAMES,
-        heads={
-            "lm": llama.LlamaForCausalLM,
-            "classification": llama.LlamaForSequenceClassification,
-            "none": llama.Llama,
-        },
-        torch_classes={
-            "llama": "Llama",
-            "mistral": "Mistral",
-            "qwen2": "Qwen2",
-            "qwen3": "Qwen3",
-        },
-        fresh=("score",),
-        other=r".*rotary_emb\.inv_freq$",
-        row_parallel=r"self_attn/o_proj|mlp/down_proj",
-    ),
-    "gpt2": Architecture(
-        config=gpt2.GPT2Config,
-        names=gpt2.NAMES,
-        heads={
-            "lm": gpt2.GPT2LMHeadModel,
-            "classification": gpt2.GPT2ForSequenceClassification,
-            "none": gpt2.GPT2,
-        },
-        torch_classes={"gpt2": "GPT2"},
-        fresh=("score",),
-        other=r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias$",
-        row_parallel=r".*c_proj",
-    ),
-}
-"""The models that there are. A further one is a file beside these and an entry here."""
 
 
 def from_pretrained(
@@ -149,7 +65,7 @@ def from_pretrained(
       scan_layers: run the layers by `nn.scan`, their params stacked.
       remat: compute each layer's activations again in the backward pass.
       attention: implementation of the attention, as `ModelConfig.attention`.
-      mesh: put the params on this mesh.
+      mesh: put the params on this mesh, whose axes are of type Auto.
       specs: how each leaf is sharded there; default: `default_specs`, over the mesh's axes "fsdp"
         and "tensor".
       revision: a branch, tag or commit on the hub.
@@ -202,10 +118,12 @@ def from_pretrained(
     wanted = {path: leaf for path, leaf in leaves.items() if path not in fresh}
     heads = {*arch.fresh, "lm_head"}
     stored = {b: n for b, n in stored.items() if _top(b) in used or _top(b) not in heads}
+    bares = {arch.names.bare_name(path) for path in leaves}
+    stored = {b: n for b, n in stored.items() if b in bares or not re.match(arch.optional, b)}
     _check_labels(tensors, arch, stored, wanted)
     shardings = None
     if mesh is not None:
-        rule = default_specs(mesh, arch) if specs is None else specs
+        rule = default_specs(mesh, arch.row_parallel) if specs is None else specs
         shardings = {
             path: jax.sharding.NamedSharding(mesh, rule(path, leaf.shape))
             for path, leaf in leaves.items()
@@ -215,104 +133,6 @@ def from_pretrained(
     )
     params |= _init_fresh(model, arch.example(config), fresh, key, source.where, shardings)
     return Pretrained(model, weights.nested(params), source.read_tokenizer())
-
-
-def save_pretrained(
-    folder: str | Path,
-    model: Any,
-    params: Mapping[str, Any],
-    *,
-    tokenizer: Any = None,
-    labels: list[str] | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write a model as a folder in Hugging Face's form, which torch's transformers loads.
-
-    The folder appears whole or not at all.
-
-    Args:
-      folder: where; it must not exist, unless `overwrite`.
-      model: a model of `jaxlora.models`.
-      params: its params, without an adapter: merge it first.
-      tokenizer: saved beside the weights.
-      labels: the names of the classes of a classification head.
-      overwrite: replace a folder that is there.
-
-    Returns:
-      The folder's absolute path.
-
-    Raises:
-      CheckpointError: the folder exists, or a leaf is not the model's.
-      ConfigError: the model has no counterpart in transformers.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, tempfile
-      >>> from jaxlora import models
-      >>> from jaxlora.models.llama import LlamaConfig, LlamaForCausalLM
-      >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1)
-      >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))
-      >>> params = model.init(jax.random.key(0), jnp.ones((1, 2), int))["params"]
-      >>> folder = models.save_pretrained(tempfile.mkdtemp() + "/tiny", model, params)
-      >>> models.from_pretrained(folder).model == model
-      True
-    """
-    folder = Path(folder).expanduser().absolute()
-    if folder.exists() and not overwrite:
-        raise CheckpointError(f"{folder} exists, expected a new folder. Pass overwrite=True.")
-    arch = _architecture_of(model)
-    config_json = _config_json(arch, model, params, labels)
-    state = weights.to_torch(params, arch.names, type(model).__name__)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
-        (new / "config.json").write_text(json.dumps(config_json, indent=2, sort_keys=True) + "\n")
-        weights.write(new, state)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(new))
-        if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        shutil.move(new, folder)
-    return folder
-
-
-def architecture(model_type: Any) -> Architecture:
-    """The architecture of a `model_type` of config.json.
-
-    Raises:
-      ConfigError: there is none; it names those there are.
-    """
-    types = {t: arch for arch in ARCHITECTURES.values() for t in arch.config.model_types}
-    if model_type not in types:
-        near = f" Nearest: {nearest(str(model_type), types, 1)[0]}." if model_type else ""
-        raise ConfigError(
-            f"model_type is {model_type!r} in config.json, expected one of {', '.join(types)}."
-            f"{near}"
-        )
-    return types[model_type]
-
-
-def default_specs(mesh: jax.sharding.Mesh, arch: Architecture) -> Specs:
-    """Shards kernels and tables over the mesh's axes "fsdp" and "tensor", where their sizes allow.
-
-    "tensor" takes a kernel's outputs (its inputs in a layer that ends a block, so that only there
-    the devices are summed over), and a table's rows; "fsdp" takes the other axis. Vectors are on
-    every device. A mesh without one of these axes does not shard along it.
-    """
-
-    def spec(path: str, shape: tuple[int, ...]) -> jax.sharding.PartitionSpec:
-        scope, _, leaf = path.rpartition("/")
-        if leaf not in ("kernel", "embedding") or len(shape) < 2:
-            return jax.sharding.PartitionSpec()
-        rows = leaf == "embedding" or re.search(rf"(^|/)({arch.row_parallel})$", scope)
-        over = ("tensor", "fsdp") if rows else ("fsdp", "tensor")
-        names = [
-            name if mesh.shape.get(name, 0) and size % mesh.shape[name] == 0 else None
-            for name, size in zip(over, shape[-2:], strict=True)
-        ]
-        return jax.sharding.PartitionSpec(*[None] * (len(shape) - 2), *names)
-
-    return spec
 
 
 def _model(
@@ -369,7 +189,7 @@ def _top(name: str) -> str:
 
 
 def _scope(arch: Architecture, path: str) -> str:
-    return _top(arch.names.bare(arch.names.torch_name(path) or path))
+    return _top(arch.names.bare_name(path))
 
 
 def _check_labels(
@@ -380,7 +200,7 @@ def _check_labels(
 ) -> None:
     """A head of another number of labels has a way out, which the error names."""
     for path, leaf in wanted.items():
-        bare = arch.names.bare(arch.names.torch_name(path) or path)
+        bare = arch.names.bare_name(path)
         if _top(bare) not in arch.fresh or _top(bare) == "pooler" or bare not in stored:
             continue
         found, labels = tensors.shape(stored[bare])[0], leaf.shape[-1]
@@ -414,37 +234,3 @@ def _init_fresh(
 
     where = None if shardings is None else {path: shardings[path] for path in paths}
     return jax.jit(init, out_shardings=where)(key)  # compiled, it draws only what is returned
-
-
-def _architecture_of(model: Any) -> Architecture:
-    for arch in ARCHITECTURES.values():
-        if type(model) in arch.heads.values():
-            return arch
-    raise ConfigError(
-        f"The model is a {type(model).__name__}, expected one of jaxlora.models: "
-        f"{', '.join(ARCHITECTURES)}."
-    )
-
-
-def _config_json(
-    arch: Architecture, model: Any, params: Mapping[str, Any], labels: list[str] | None
-) -> dict[str, Any]:
-    config = model.config
-    if getattr(model, "pooling", "cls") != "cls":
-        raise ConfigError(
-            f"pooling is {model.pooling!r}, expected 'cls': transformers has no class for it."
-        )
-    fields = config.to_dict()
-    begin = arch.torch_classes[fields["model_type"]]
-    ours = arch.heads["none"].__name__  # type: ignore[attr-defined]
-    end = type(model).__name__.removeprefix(ours)
-    theirs = end.startswith("For") or end.endswith("Model")
-    fields["architectures"] = [begin + (end if theirs else "Model")]
-    fields["dtype"] = str(jax.tree.leaves(params)[0].dtype)
-    if hasattr(model, "num_labels"):
-        named = labels or [f"LABEL_{n}" for n in range(model.num_labels)]
-        if len(named) != model.num_labels:
-            raise ConfigError(f"labels are {len(named)} names, expected {model.num_labels}.")
-        fields |= {"id2label": {str(n): label for n, label in enumerate(named)}}
-        fields |= {"label2id": {label: n for n, label in enumerate(named)}}
-    return fields

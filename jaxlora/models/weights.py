@@ -159,7 +159,7 @@ def _stacked(names: Names, path: str) -> bool:
 
 def _sources(names: Names, path: str, leaf: jax.ShapeDtypeStruct) -> list[str]:
     """The bare names of the tensors that a leaf is made of: one, or one a layer of a stack."""
-    name = names.bare(names.torch_name(path) or path)
+    name = names.bare_name(path)
     return [name.format(n) for n in range(leaf.shape[0])] if "{}" in name else [name]
 
 

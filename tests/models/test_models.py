@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,11 +17,11 @@ from safetensors.numpy import save_file
 import jaxlora as jl
 from jaxlora import models
 from jaxlora.errors import ConfigError, ModelError
-from jaxlora.models import gpt2, weights
-from jaxlora.models.pretrained import architecture
+from jaxlora.models import deberta, gpt2, roberta, vit, weights
+from jaxlora.models.architectures import architecture
 
 REFERENCES = Path(__file__).parent.parent / "references"
-FAMILIES = ("llama", "gpt2")
+FAMILIES = ("llama", "gpt2", "roberta", "deberta", "vit")
 KEY = jax.random.key(7)
 
 
@@ -35,6 +36,17 @@ def _names() -> dict[str, tuple[str, str]]:
 
 
 NAMES = _names()
+ONE_OF_EACH = (
+    "bert_gelu",
+    "llama_linear",
+    "gpt2",
+    "roberta",
+    "deberta_xxl",
+    "deberta_unshared",
+    "vit_none",
+)
+"""For what takes long to compile: those whose layers differ."""
+DECODERS = ("llama_linear", "llama_llama3", "mistral", "qwen2", "qwen3", "gpt2", "gpt2_untied")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,12 +110,14 @@ def ref(request, references) -> Reference:
     return references(request.param)
 
 
-@pytest.fixture(params=[name for name in NAMES if NAMES[name][0] in ("llama", "gpt2")])
+@pytest.fixture(params=ONE_OF_EACH)
+def one(request, references) -> Reference:
+    return references(request.param)
+
+
+@pytest.fixture(params=DECODERS)
 def decoder(request, references) -> Reference:
-    ref = references(request.param)
-    if ref.head != "lm":
-        pytest.skip("no language model")
-    return ref
+    return references(request.param)
 
 
 def outputs(model: Any, params: Any, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -119,10 +133,20 @@ def tokens(array: Any, inputs: Mapping[str, Any]) -> Any:
     return array * (inputs["attention_mask"] != 0)[..., None]
 
 
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""Twice as fast to compile, and these models are run once or twice."""
+
+
 def run(model: Any, params: Any, inputs: Mapping[str, Any]) -> list[Any]:
-    return jax.jit(lambda params: [tokens(x, inputs) for x in outputs(model, params, inputs)])(
-        params
-    )
+    return jit(lambda params: [tokens(x, inputs) for x in outputs(model, params, inputs)])(params)
+
+
+def init(model: Any, *args: Any) -> dict[str, Any]:
+    return jit(model.init)(KEY, *args)["params"]
+
+
+def apply(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    return jit(lambda params: model.apply({"params": params}, *args, **kwargs))(params)
 
 
 def outputs_and_gradient(ref: Reference, **options: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -133,7 +157,7 @@ def outputs_and_gradient(ref: Reference, **options: Any) -> tuple[list[Any], dic
         out = [tokens(x, ref.inputs) for x in outputs(model, params, ref.inputs)]
         return sum(jnp.sum(jnp.sin(x)) for x in out), out
 
-    gradient, out = jax.jit(jax.grad(loss, has_aux=True))(params)
+    gradient, out = jit(jax.grad(loss, has_aux=True))(params)
     return out, to_torch(model, gradient)
 
 
@@ -157,11 +181,18 @@ def assert_equal_trees(got: Any, expected: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
+def write(folder: Path, state: Mapping[str, np.ndarray], ref: Reference) -> None:
+    """Other tensors with a reference's config."""
+    save_file(dict(state), folder / "model.safetensors")
+    (folder / "config.json").write_text((ref.folder / "config.json").read_text())
+
+
 # What all of them do.
 
 
-def test_matches_torch(ref):
-    model, params = ref.load()
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_matches_torch(ref, scan_layers):
+    model, params = ref.load(scan_layers=scan_layers)
     out = run(model, params, ref.inputs)
     # Logits of up to 15 in float32, from sums that torch takes in another order.
     assert_close(out, [tokens(x, ref.inputs) for x in ref.outputs.values()], 3e-5)
@@ -169,12 +200,12 @@ def test_matches_torch(ref):
 
 @pytest.mark.parametrize(
     "options",
-    [{"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True}],
-    ids=["scan", "remat", "scan_remat"],
+    [{"remat": True}, {"scan_layers": True, "remat": True}],
+    ids=["remat", "scan_remat"],
 )
-def test_scan_and_remat_change_nothing(ref, options):
-    out, gradient = outputs_and_gradient(ref, **options)
-    expected, expected_gradient = plain(ref)
+def test_remat_and_scan_keep_the_gradients(one, options):
+    out, gradient = outputs_and_gradient(one, **options)
+    expected, expected_gradient = plain(one)
     assert_close(out, expected)
     # Gradients of these steep models reach 1e3.
     scale = max(np.abs(g).max() for g in expected_gradient.values())
@@ -196,26 +227,34 @@ def test_folders(ref, scan_layers, tmp_path):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-def test_lora_on_all_linear_layers(ref, scan_layers):
-    model, params = ref.load(scan_layers=scan_layers)
+def test_lora_on_all_linear_layers(one, scan_layers):
+    model, params = one.load(scan_layers=scan_layers)
     config, variables = jl.LoraConfig(rank=2, targets="all-linear"), {"params": params}
-    plan = jl.plan(model, variables, config, **ref.inputs)
+    adapter = jl.lora_init(KEY, model, variables, config, **one.inputs)
     kernels = {path for path in weights.flat(params) if path.endswith("/kernel")}
-    assert {site.path for site in plan.sites} == kernels
-    if scan_layers:
-        return
-    adapter = jl.lora_init(KEY, model, variables, config, **ref.inputs)
-    out = jl.lora_apply(model, variables, adapter, **ref.inputs)
-    assert_equal_trees(out, model.apply(variables, **ref.inputs))
+    assert {site.path for site in adapter.spec.sites} == kernels
+
+    @jit
+    def both(adapter: Any, merged: Any) -> Any:
+        adapted = jl.lora_apply(model, variables, adapter, **one.inputs)
+        return adapted, model.apply({"params": merged}, **one.inputs)
+
+    # Bit for bit it is where nothing is compiled together, which test_properties holds.
+    adapted, base = both(adapter, params)
+    assert_close(adapted, base)
+    moved = jax.tree.map(lambda x: x + 0.1, adapter)
+    adapted, merged = both(moved, jl.merge(params, moved))
+    assert_close(adapted, merged, 1e-4)
+    assert not np.allclose(jax.tree.leaves(merged)[0], jax.tree.leaves(base)[0], atol=0.1)
 
 
-def test_bfloat16(ref):
-    model, params = ref.load(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+def test_bfloat16(one):
+    model, params = one.load(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    out = run(model, params, ref.inputs)
+    out = run(model, params, one.inputs)
     assert {x.dtype for x in out} == {jnp.dtype(jnp.bfloat16)}
-    for low, high in zip(out, ref.outputs.values(), strict=True):
-        high = tokens(high, ref.inputs)
+    for low, high in zip(out, one.outputs.values(), strict=True):
+        high = tokens(high, one.inputs)
         # 8 bits of mantissa, and weights that make every error grow from layer to layer.
         off = np.linalg.norm(low.astype(np.float32) - high) / np.linalg.norm(high)
         assert off < 0.15
@@ -230,9 +269,9 @@ def test_decoding_step_by_step_is_the_whole(decoder, scan_layers):
     ids = decoder.inputs["input_ids"]
     mask = np.ones_like(ids)
     mask[1, :3] = 0
-    whole = model.apply({"params": params}, ids, mask)
+    whole = apply(model, params, ids, mask)
 
-    @jax.jit
+    @jit
     def step(cache: Any, ids: Any, mask: Any) -> Any:
         return model.apply({"params": params}, ids, mask, cache=cache)
 
@@ -244,16 +283,22 @@ def test_decoding_step_by_step_is_the_whole(decoder, scan_layers):
         parts.append(logits)
     inputs = {"attention_mask": mask}
     assert_close(tokens(jnp.concatenate(parts, 1), inputs), tokens(whole, inputs))
-    last = model.apply({"params": params}, ids, mask, last=2)
-    np.testing.assert_array_equal(last, whole[:, -2:])
 
 
 def test_packed_sequences_do_not_see_each_other(decoder):
     model, params = decoder.load()
     ids = decoder.inputs["input_ids"][:1]
-    packed = model.apply({"params": params}, ids, np.array([[1, 1, 1, 2, 2, 2, 2]]))
-    apart = [model.apply({"params": params}, part) for part in (ids[:, :3], ids[:, 3:])]
-    assert_close(packed, jnp.concatenate(apart, 1))
+
+    @jit
+    def logits(params: Any) -> Any:
+        variables = {"params": params}
+        packed = model.apply(variables, ids, np.array([[1, 1, 1, 2, 2, 2, 2]]))
+        apart = [model.apply(variables, part) for part in (ids[:, :3], ids[:, 3:])]
+        return packed, jnp.concatenate(apart, 1), model.apply(variables, ids[:, 3:], last=2)
+
+    packed, apart, last = logits(params)
+    assert_close(packed, apart)
+    assert_close(last, apart[:, -2:])
 
 
 # What is GPT-2's own.
@@ -281,38 +326,213 @@ def test_gpt2s_fused_kernel(references, scan_layers):
     assert q.any()
     assert not k.any()
     assert v.any()
-    out = jl.lora_apply(model, {"params": params}, moved, **ref.inputs)
-    assert_close(out, model.apply({"params": merged}, **ref.inputs), 1e-4)
+    adapted = jit(lambda adapter: jl.lora_apply(model, {"params": params}, adapter, **ref.inputs))
+    out = adapted(moved)
+    assert_close(out, apply(model, merged, **ref.inputs), 1e-4)
+
+
+def test_gpt2s_files_without_prefix_and_with_buffers(references, tmp_path):
+    ref = references("gpt2")
+    state = {name.removeprefix("transformer."): array for name, array in ref.state.items()}
+    state |= {"h.0.attn.bias": np.ones((1, 1, 12, 12), np.float32)}
+    state |= {"h.1.attn.masked_bias": np.array(-1e4, np.float32)}
+    write(tmp_path, state, ref)
+    assert_equal_trees(models.from_pretrained(tmp_path).params, ref.load()[1])
 
 
 def test_gpt2s_positions_end():
     model = gpt2.GPT2LMHeadModel(GPT2)
-    params = model.init(KEY, IDS)["params"]
+    params = init(model, IDS)
     long = np.tile(IDS, 2)
     with pytest.raises(ModelError, match="8 tokens long, expected at most n_positions, 4"):
-        model.apply({"params": params}, long)
-    packed = model.apply({"params": params}, long, position_ids=np.arange(8)[None] % 4)
+        apply(model, params, long)
+    packed = apply(model, params, long, position_ids=np.arange(8)[None] % 4)
     assert np.isfinite(packed).all()
     with pytest.raises(ModelError, match="cache is 5 tokens long, expected at most n_positions, 4"):
         model.empty_cache(1, 5)
-    beyond = model.apply({"params": params}, IDS, position_ids=np.array([[0, 1, 2, 4]]))
-    assert np.isfinite(beyond[:, :3]).all()
+    beyond = apply(model, params, IDS, position_ids=np.array([[0, 1, 2, 4]]))
     assert np.isnan(beyond[:, 3]).all()  # not the last position's
 
 
 @pytest.mark.parametrize("only", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
 def test_gpt2s_dropouts(only):
     model = gpt2.GPT2LMHeadModel(GPT2.with_dropout(0))
-    params = model.init(KEY, IDS)["params"]
+    params = init(model, IDS)
     some = gpt2.GPT2LMHeadModel(dataclasses.replace(model.config, **{only: 0.5}))
-    still = model.apply({"params": params}, IDS)
-    np.testing.assert_array_equal(some.apply({"params": params}, IDS), still)
+    still = apply(model, params, IDS)
+    np.testing.assert_array_equal(apply(some, params, IDS), still)
     rngs = {"dropout": KEY}
-    trained = some.apply({"params": params}, IDS, deterministic=False, rngs=rngs)
+    trained = apply(some, params, IDS, deterministic=False, rngs=rngs)
     assert not np.allclose(trained, still, atol=1e-4)
 
 
-# Errors of the configs.
+# What is RoBERTa's own.
+
+ROBERTA = roberta.RobertaConfig(
+    vocab_size=11,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=12,
+    max_position_embeddings=6,
+    type_vocab_size=1,
+    initializer_range=0.5,
+)
+
+
+def test_robertas_positions_follow_the_padding_token():
+    model = roberta.RobertaForTokenClassification(ROBERTA)
+    ids = np.array([[1, 1, 5, 6], [5, 6, 1, 7]])
+    params = init(model, ids)
+    counted = apply(model, params, ids)
+    positions = np.array([[1, 1, 2, 3], [2, 3, 1, 4]])
+    given = apply(model, params, ids, position_ids=positions)
+    np.testing.assert_array_equal(counted, given)
+    with pytest.raises(ModelError, match=r"5 tokens long, expected at most .* - 1, 4"):
+        apply(model, params, np.ones((1, 5), int))
+
+
+def test_robertas_head_is_drawn_for_a_masked_language_model(references, tmp_path):
+    ref = references("roberta")
+    state = {name: array for name, array in ref.state.items() if "classifier" not in name}
+    state |= {"lm_head.bias": np.ones(29, np.float32), "roberta.embeddings.position_ids": IDS}
+    write(tmp_path, state, ref)
+    _, params, _ = models.from_pretrained(tmp_path, key=KEY, num_labels=5)
+    assert_equal_trees(params["roberta"], ref.load()[1]["roberta"])
+    assert params["classifier"]["dense"]["kernel"].any()
+    assert params["classifier"]["out_proj"]["kernel"].shape == (16, 5)
+
+
+def test_robertas_head_has_dropouts():
+    model = roberta.RobertaForSequenceClassification(ROBERTA.with_dropout(0))
+    some = roberta.RobertaForSequenceClassification(
+        dataclasses.replace(model.config, classifier_dropout=0.5)
+    )
+    params = init(model, IDS)
+    still = apply(model, params, IDS)
+    np.testing.assert_array_equal(apply(some, params, IDS), still)
+    rngs = {"dropout": KEY}
+    # Without the first layer of the head, only its second dropout is left to differ.
+    params["classifier"]["dense"]["kernel"] *= 0
+    params["classifier"]["dense"]["bias"] += 1
+    after = apply(some, params, IDS, deterministic=False, rngs=rngs)
+    assert not np.allclose(after, apply(model, params, IDS), atol=1e-4)
+
+
+# What is DeBERTa's own.
+
+DEBERTA = deberta.DebertaConfig(
+    vocab_size=11,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=12,
+    max_position_embeddings=4,
+    position_biased_input=False,
+    relative_attention=True,
+    pos_att_type=("c2p", "p2c"),
+    conv_kernel_size=3,
+    initializer_range=0.5,
+)
+
+
+def test_debertas_length_is_limited_by_absolute_positions_only():
+    long = np.tile(IDS, 2)
+    model = deberta.Deberta(DEBERTA)
+    assert np.isfinite(apply(model, init(model, IDS), long)).all()
+    biased = deberta.Deberta(dataclasses.replace(DEBERTA, position_biased_input=True))
+    with pytest.raises(ModelError, match=r"8 tokens long, .* max_position_embeddings, 4"):
+        apply(biased, init(biased, IDS), long)
+
+
+def test_debertas_padding_does_not_matter():
+    model = deberta.DebertaForTokenClassification(DEBERTA)
+    params = init(model, IDS)
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 0]])
+    padded = apply(model, params, IDS, mask)[:, :3]
+    assert_close(padded, apply(model, params, IDS[:, :3]))
+    assert not np.allclose(padded, apply(model, params, IDS)[:, :3], atol=1e-3)
+
+
+def test_debertas_unused_position_table_is_left(references, tmp_path):
+    ref = references("deberta_v3")
+    table = {"deberta.embeddings.position_embeddings.weight": np.ones((12, 16), np.float32)}
+    write(tmp_path, ref.state | table, ref)
+    assert_equal_trees(models.from_pretrained(tmp_path).params, ref.load()[1])
+
+
+@pytest.mark.parametrize(
+    "only", ["hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"]
+)
+def test_debertas_dropouts(only):
+    model = deberta.DebertaForSequenceClassification(DEBERTA.with_dropout(0))
+    params = init(model, IDS)
+    some = deberta.DebertaForSequenceClassification(
+        dataclasses.replace(model.config, **{only: 0.5})
+    )
+    still = apply(model, params, IDS)
+    np.testing.assert_array_equal(apply(some, params, IDS), still)
+    rngs = {"dropout": KEY}
+    assert not np.allclose(
+        apply(some, params, IDS, deterministic=False, rngs=rngs), still, atol=1e-4
+    )
+
+
+# What is ViT's own.
+
+VIT = vit.ViTConfig(
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=12,
+    image_size=(6, 4),
+    patch_size=2,
+    num_channels=1,
+    initializer_range=0.5,
+)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.ones((2, 1, 6, 4), np.float32), r"of shape \(2, 1, 6, 4\), .*\(batch, 6, 4, 1\)"),
+        (np.ones((6, 4, 1), np.float32), r"of shape \(6, 4, 1\), .*: channels last"),
+        (np.ones((2, 6, 4, 1), np.uint8), r"pixel_values is uint8 of shape .*, expected floats"),
+    ],
+)
+def test_vits_wrong_inputs(image, message):
+    with pytest.raises(ModelError, match=message):
+        vit.ViTForImageClassification(VIT).init(KEY, image)
+
+
+@pytest.mark.parametrize("only", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_vits_dropouts(only):
+    model = vit.ViTForImageClassification(VIT)
+    image = np.asarray(jax.random.normal(KEY, (2, 6, 4, 1)))
+    params = init(model, image)
+    some = vit.ViTForImageClassification(dataclasses.replace(VIT, **{only: 0.5}))
+    still = apply(model, params, image)
+    np.testing.assert_array_equal(apply(some, params, image), still)
+    trained = apply(some, params, image, deterministic=False, rngs={"dropout": KEY})
+    assert not np.allclose(trained, still, atol=1e-4)
+
+
+# Errors of the configs, and what else is saved.
+
+
+def test_the_tokenizers_special_tokens_are_saved(tmp_path):
+    tokenizer = SimpleNamespace(
+        bos_token_id=None, eos_token_id=3, pad_token_id=0, save_pretrained=lambda _: None
+    )
+    for name, model, pad in (
+        ("gpt2", gpt2.GPT2ForSequenceClassification(GPT2), 0),
+        ("roberta", roberta.RobertaForSequenceClassification(ROBERTA), 1),
+    ):
+        params = init(model, IDS)
+        folder = models.save_pretrained(tmp_path / name, model, params, tokenizer=tokenizer)
+        fields = json.loads((folder / "config.json").read_text())
+        assert (fields["eos_token_id"], fields["pad_token_id"]) == (3, pad)
+        assert "bos_token_id" not in fields
 
 
 @pytest.mark.parametrize(
@@ -330,6 +550,51 @@ def test_gpt2s_dropouts(only):
             {"model_type": "gpt2", "activation_function": "mish"},
             "activation_function is 'mish', expected one of gelu",
         ),
+        (
+            {"model_type": "roberta", "position_embedding_type": "relative_key"},
+            "position_embedding_type is 'relative_key' in config.json, expected 'absolute'",
+        ),
+        ({"model_type": "camembert", "is_decoder": True}, "is_decoder is True in config.json"),
+        (
+            {"model_type": "xlm-roberta", "pad_token_id": -1},
+            "pad_token_id is -1, expected an integer of at least 0",
+        ),
+        ({"model_type": "deberta-v2", "conv_groups": 2}, "conv_groups is 2 in config.json"),
+        (
+            {"model_type": "deberta-v2", "pos_att_type": "c2p|p2p"},
+            r"pos_att_type is 'c2p\|p2p', expected 'c2p', 'p2c' or both",
+        ),
+        (
+            {"model_type": "deberta-v2", "norm_rel_ebd": "rms"},
+            "norm_rel_ebd is 'rms', expected 'none' or 'layer_norm'",
+        ),
+        (
+            {"model_type": "deberta-v2", "conv_kernel_size": 4},
+            "conv_kernel_size is 4, expected an odd size",
+        ),
+        (
+            {"model_type": "deberta-v2", "position_buckets": 8, "max_relative_positions": 5},
+            "max_relative_positions is 5, expected more than half of position_buckets, 8, and one",
+        ),
+        (
+            {"model_type": "deberta-v2", "attention_head_size": 32},
+            "attention_head_size is 32 in config.json, expected 64",
+        ),
+        (
+            {"model_type": "deberta-v2", "conv_act": "mish"},
+            "conv_act is 'mish', expected one of gelu",
+        ),
+        (
+            {"model_type": "vit", "image_size": [8, 8, 3]},
+            r"image_size is \[8, 8, 3\], expected pixels, or \(height, width\)",
+        ),
+        ({"model_type": "vit", "patch_size": 0}, "patch_size is 0, expected pixels"),
+        (
+            {"model_type": "vit", "image_size": 8, "patch_size": [4, 9]},
+            r"image_size is \(8, 8\), expected at least patch_size, \(4, 9\)",
+        ),
+        ({"model_type": "vit", "head_dim": 32}, "head_dim is 32 in config.json, expected 64"),
+        ({"model_type": "vit", "pooler_act": "mish"}, "pooler_act is 'mish', expected one of gelu"),
     ],
 )
 def test_config_errors(fields, message):
@@ -337,7 +602,8 @@ def test_config_errors(fields, message):
         architecture(fields["model_type"]).config.from_dict(fields)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("model_type", models.ARCHITECTURES)
 def test_configs_survive_config_json(model_type):
-    config = architecture(model_type).config()
-    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    cls = architecture(model_type).config
+    config = cls.from_dict(cls().to_dict())
+    assert cls.from_dict(json.loads(json.dumps(config.to_dict()))) == config

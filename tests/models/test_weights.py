@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 from jaxlora import models
 from jaxlora.errors import CheckpointError, ConfigError
 from jaxlora.models import bert, hub, weights
+from jaxlora.models.architectures import ARCHITECTURES
 from jaxlora.models.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-from jaxlora.models.pretrained import ARCHITECTURES, default_specs
+from jaxlora.models.sharding import default_specs
 
 CONFIG = LlamaConfig(
     vocab_size=16,
@@ -99,7 +100,9 @@ class _Mesh:
 )
 def test_default_specs(path, shape, spec):
     mesh: Any = _Mesh()
-    assert default_specs(mesh, ARCHITECTURES["llama"])(path, shape) == PartitionSpec(*spec)
+    assert default_specs(mesh, ARCHITECTURES["llama"].row_parallel)(path, shape) == PartitionSpec(
+        *spec
+    )
 
 
 def test_a_sharded_leaf_is_read_in_slices(saved):

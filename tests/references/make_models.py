@@ -39,6 +39,19 @@ TEXT = {
 }
 GPT2 = {"vocab_size": 29, "n_positions": 12, "n_embd": 16, "n_layer": 2, "n_head": 4}
 GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DEBERTA = TEXT | {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+}
+VIT = {
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 FAMILIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "llama": {
         "llama_linear": (
@@ -98,6 +111,70 @@ FAMILIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         ),
         "gpt2_none": ("GPT2Model", GPT2 | {"n_layer": 1, "n_head": 1, "n_inner": 8}),
     },
+    "roberta": {
+        "roberta": (
+            "RobertaForSequenceClassification",
+            TEXT | {"pad_token_id": 1, "type_vocab_size": 1, "num_labels": 3},
+        ),
+        "roberta_token": (
+            "RobertaForTokenClassification",
+            TEXT | {"pad_token_id": 2, "type_vocab_size": 2, "num_labels": 2, "hidden_act": "relu"},
+        ),
+        "xlm_roberta": (
+            "XLMRobertaModel",
+            TEXT | {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 0.1},
+        ),
+        "camembert": (
+            "CamembertForSequenceClassification",
+            TEXT | {"type_vocab_size": 1, "num_labels": 1, "num_hidden_layers": 1},
+        ),
+    },
+    "deberta": {
+        "deberta_v3": (
+            "DebertaV2ForSequenceClassification",
+            DEBERTA | {"position_buckets": 4, "max_relative_positions": 6, "num_labels": 3},
+        ),
+        "deberta_xxl": (
+            "DebertaV2ForSequenceClassification",
+            DEBERTA
+            | {"position_buckets": 4, "conv_kernel_size": 3, "conv_act": "gelu", "num_labels": 2}
+            | {"num_hidden_layers": 3, "pooler_hidden_act": "tanh"},
+        ),
+        "deberta_unshared": (
+            "DebertaV2ForTokenClassification",
+            DEBERTA
+            | {"share_att_key": False, "norm_rel_ebd": "none", "position_biased_input": True}
+            | {"embedding_size": 12, "type_vocab_size": 2, "max_relative_positions": 3}
+            | {"num_labels": 2, "hidden_act": "relu"},
+        ),
+        "deberta_c2p": (
+            "DebertaV2Model",
+            DEBERTA
+            | {"share_att_key": False, "pos_att_type": ["c2p"], "norm_rel_ebd": "none"}
+            | {"conv_kernel_size": 5},
+        ),
+        "deberta_p2c": (
+            "DebertaV2ForTokenClassification",
+            DEBERTA | {"pos_att_type": "p2c", "num_labels": 3, "layer_norm_eps": 0.1},
+        ),
+        "deberta_absolute": (
+            "DebertaV2Model",
+            TEXT | {"type_vocab_size": 2, "num_attention_heads": 2, "num_hidden_layers": 1},
+        ),
+    },
+    "vit": {
+        "vit": (
+            "ViTForImageClassification",
+            VIT | {"image_size": 8, "patch_size": 4, "num_labels": 3},
+        ),
+        "vit_none": (
+            "ViTModel",
+            VIT
+            | {"image_size": [9, 6], "patch_size": [4, 2], "num_channels": 2, "qkv_bias": False}
+            | {"pooler_output_size": 6, "pooler_act": "relu", "hidden_act": "gelu_pytorch_tanh"}
+            | {"layer_norm_eps": 0.1, "num_attention_heads": 2},
+        ),
+    },
 }
 NO_EFFECT = r"(key|k_proj|key_proj)\.bias$"
 """A key's bias adds the same to all scores of a query: the softmax takes it away again."""
@@ -113,12 +190,24 @@ def draw(model: torch.nn.Module, generator: torch.Generator) -> None:
 
 
 def text_inputs(config: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """A full row, one padded on the right, one on the left; padding is token 0 and only that."""
+    """A full row, one padded on the right, one on the left; only padding is the padding token."""
     mask = torch.ones(BATCH, SEQ, dtype=torch.long)
     mask[1, 5:] = 0
     mask[2, :3] = 0
-    ids = torch.randint(1, config.vocab_size, (BATCH, SEQ), generator=generator)
-    return {"input_ids": ids * mask, "attention_mask": mask}
+    pad = config.pad_token_id
+    ids = torch.randint(pad + 1, config.vocab_size, (BATCH, SEQ), generator=generator)
+    inputs = {"input_ids": torch.where(mask > 0, ids, pad), "attention_mask": mask}
+    if (types := getattr(config, "type_vocab_size", 0)) > 1:
+        inputs["token_type_ids"] = torch.randint(0, types, (BATCH, SEQ), generator=generator)
+    return inputs
+
+
+def image_inputs(config: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Two images, channels first."""
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (2, config.num_channels, height, width)
+    return {"pixel_values": torch.randn(shape, generator=generator).half().float()}
 
 
 def run(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -152,14 +241,14 @@ def check_that_all_weights_show(model: Any, inputs: dict[str, torch.Tensor], nam
             raise SystemExit(f"{name}: {key} moves the outputs by {moved} only.")
 
 
-def make(name: str, kind: str, fields: dict[str, Any], seed: int) -> dict[str, Any]:
+def make(family: str, name: str, kind: str, fields: dict[str, Any], seed: int) -> dict[str, Any]:
     """The arrays of one model."""
     generator = torch.Generator().manual_seed(seed)
     cls = getattr(transformers, kind)
     config = cls.config_class(**fields, attn_implementation="eager")
     model = cls(config).eval()
     draw(model, generator)
-    inputs = text_inputs(config, generator)
+    inputs = (image_inputs if family == "vit" else text_inputs)(config, generator)
     check_that_all_weights_show(model, inputs, name)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -173,13 +262,15 @@ def make(name: str, kind: str, fields: dict[str, Any], seed: int) -> dict[str, A
 
 
 def as_input(array: np.ndarray) -> np.ndarray:
-    """Integers need no more than int8 here."""
-    return array.astype(np.int8) if array.dtype.kind == "i" else array
+    """Integers need no more than int8 here; images are in float16, channels last."""
+    if array.dtype.kind == "i":
+        return array.astype(np.int8)
+    return array.astype(np.float16).transpose(0, 2, 3, 1)
 
 
 if __name__ == "__main__":
     for family in sys.argv[1:] or FAMILIES:
         arrays: dict[str, Any] = {}
         for number, (each, (kind, fields)) in enumerate(FAMILIES[family].items()):
-            arrays |= make(each, kind, fields, seed=number)
+            arrays |= make(family, each, kind, fields, seed=number)
         np.savez_compressed(HERE / f"{family}.npz", **arrays)

@@ -181,12 +181,27 @@ def chats(made: Made) -> list[dict[str, Any]]:
     return found
 
 
+def logits(made: Made) -> list[dict[str, Any]]:
+    """Every 61st logit after the last token of each chat that is to be answered."""
+    found = []
+    for messages in CHATS:
+        text = made.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        ids = ids_by_digit(made.tokenizer, text)
+        with torch.no_grad():
+            last = made.model(torch.tensor([ids])).logits[0, -1]
+        found.append({"ids": ids, "logits": [round(x, 6) for x in last[::61].tolist()]})
+    return found
+
+
 SECTIONS: dict[str, Callable[[Made], Any]] = {
     "config": config,
     "tensors": tensors,
     "texts": texts,
     "corpus": corpus,
     "chats": chats,
+    "logits": logits,
 }
 
 
