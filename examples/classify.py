@@ -32,7 +32,7 @@ from jaxlora.rows import Row, classes_of, read_rows
 from jaxlora.runs import Run
 from jaxlora.tasks import Classify
 from jaxlora.tasks.base import adapter_config, held_out, optimizer
-from jaxlora.tasks.classify import class_loss, encode, logits_of, score
+from jaxlora.tasks.classify import class_loss, encode, logits_of, predict, score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,17 +97,10 @@ def main(options: Options) -> dict[str, float]:
         kwargs = {"rngs": {"dropout": key}, "deterministic": False}
         return class_loss(logits_of(model, adapter, variables, batch, **kwargs), batch)
 
-    @jax.jit
-    def predict(adapter: jl.Adapter | None, variables: Any, batch: Any) -> Any:
-        logits = logits_of(model, adapter, variables, batch)
-        return jnp.argmax(logits, -1), -jax.nn.log_softmax(logits)[
-            jnp.arange(len(logits)), batch["label"]
-        ]
-
     pad = {"input_ids": tokenizer.pad_token_id}
     batches = Batches(train, options.batch_size, epochs=options.epochs, seed=0, pad=pad)
     print(f"lengths {batches.lengths}: {100 * batches.padding():.0f} % of the tokens are padding")
-    before, _ = score(predict, adapter, base, test, pad)
+    before, _ = score(model, adapter, base, test, pad)
     tx, schedule = optimizer(settings, len(batches))
     resume = (Path(options.out) / "last").exists()
     run = Run(options.out, resume=resume)
@@ -117,7 +110,7 @@ def main(options: Options) -> dict[str, float]:
         jl.make_train_step(loss_fn, tx),
         base,
         batches,
-        evaluate=lambda adapter: score(predict, adapter, base, valid, pad)[0],
+        evaluate=lambda adapter: score(model, adapter, base, valid, pad)[0],
         metric="accuracy",
         higher_is_better=True,
         schedule=schedule,
@@ -129,8 +122,8 @@ def main(options: Options) -> dict[str, float]:
     # 3. Load what was saved, merge it, and compare.
     adapter = jl.load_adapter(run.best, params=params)
     merged = {"params": jl.merge(params, adapter)}
-    after, given = score(predict, adapter, base, test, pad)
-    _, given_merged = score(predict, None, merged, test, pad)
+    after, given = score(model, adapter, base, test, pad)
+    _, given_merged = score(model, None, merged, test, pad)
     agree = float(np.mean(np.array(given) == np.array(given_merged)))
     print(f"test accuracy {before['accuracy']:.3f} before training, {after['accuracy']:.3f} after")
     print(
@@ -141,9 +134,9 @@ def main(options: Options) -> dict[str, float]:
     print(f"{run.best}: {size / 1e6:.1f} MB with the optimizer; the base is {whole / 1e6:.0f} MB")
     batch = Batches(test, 32, pad=pad)[0]
     ways = {
-        "base": lambda: predict(None, base, batch),
-        "unmerged": lambda: predict(adapter, base, batch),
-        "merged": lambda: predict(None, merged, batch),
+        "base": lambda: predict(model, None, base, batch),
+        "unmerged": lambda: predict(model, adapter, base, batch),
+        "merged": lambda: predict(model, None, merged, batch),
     }
     for name, seconds in latencies(ways).items():
         print(f"{name:9} {1e3 * seconds:6.1f} ms for {len(batch['label'])} sentences")

@@ -58,9 +58,10 @@ def main(options: Options) -> dict[str, dict[str, float]]:
             valid_share=0.2,
             learning_rate=2e-3,
         )
-        if not (folder / "best").is_dir():
+        if not (folder / "curves.png").is_file() or not (folder / "best").is_dir():
             print(f"\n{task}")
-            train(settings, resume=(folder / "last").is_dir())
+            if train(settings, resume=(folder / "last").is_dir()).stopped:
+                raise SystemExit("stopped; the same command goes on")
 
     trained = {task: load_run(Path(options.out) / task) for task in TASKS}
     first = trained[TASKS[0]]

@@ -1,6 +1,7 @@
 """Sentences, or pairs of them, to classes: an encoder with a classification head."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,7 +24,6 @@ from jaxlora.tasks.base import (
     held_out,
     load_model,
 )
-from jaxlora.train import make_eval_step
 
 REVIEWS = ("movie", "amazon", "tweets", "nyt")
 """The names of data that `jaxlora.datasets.load_reviews` brings."""
@@ -109,7 +109,6 @@ class Classify(Settings):
             logits = logits_of(model, adapter, variables, batch, **kwargs)
             return class_loss(logits, batch, self.label_smoothing)
 
-        predict = _predictor(model)
         pad = {"input_ids": tokenizer.pad_token_id or 0}
         return Problem(
             train=sets[0],
@@ -119,7 +118,7 @@ class Classify(Settings):
             inputs=(jax.ShapeDtypeStruct((1, 8), jnp.int32),),
             loss=loss,
             evaluate=lambda adapter, variables, examples: score(
-                predict, adapter, variables, examples, pad
+                model, adapter, variables, examples, pad
             )[0],
             metric=self.metric,
             higher_is_better=self.metric != "loss",
@@ -133,7 +132,7 @@ class Classify(Settings):
         check_tokens(examples, trained.model, self.max_length)
         pad = {"input_ids": trained.tokenizer.pad_token_id or 0}
         scores, given = score(
-            _predictor(trained.model), trained.adapter, {"params": trained.params}, examples, pad
+            trained.model, trained.adapter, {"params": trained.params}, examples, pad
         )
         answers = [
             {**row.fields, "predicted": self.classes[i]} for row, i in zip(rows, given, strict=True)
@@ -202,13 +201,21 @@ def class_loss(logits: jax.Array, batch: Any, label_smoothing: float = 0.0) -> j
     return jnp.sum(losses * batch["weight"]) / jnp.sum(batch["weight"])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def predict(model: Any, adapter: Any, variables: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """The class of each row, and the loss of its label."""
+    logits = logits_of(model, adapter, variables, batch).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return jnp.argmax(logits, -1), losses
+
+
 def score(
-    predict: Any, adapter: Any, variables: Any, examples: Sequence[Example], pad: Any
+    model: Any, adapter: Any, variables: Any, examples: Sequence[Example], pad: Any
 ) -> tuple[dict[str, float], list[int]]:
     """Loss, accuracy, F1 and MCC, and the class given to each example.
 
     Args:
-      predict: `(adapter, variables, batch) -> (classes, losses)`, compiled.
+      model: the model.
       adapter: the adapter.
       variables: the base.
       examples: the examples.
@@ -222,19 +229,10 @@ def score(
     found = []
     for batch in batches:
         real = batch["weight"] > 0
-        classes, losses = jax.device_get(predict(adapter, variables, batch))
+        classes, losses = jax.device_get(predict(model, adapter, variables, batch))
         found += zip(classes[real].tolist(), losses[real].tolist(), strict=True)
     given = [0] * len(examples)
     for i, (number, _) in zip(order, found, strict=True):
         given[i] = number
     scores = classification_scores([example["label"] for example in examples], given)
     return {"loss": float(np.mean([loss for _, loss in found]))} | scores, given
-
-
-def _predictor(model: Any) -> Any:
-    def predict(adapter: Any, variables: Any, batch: Any) -> tuple[Any, Any]:
-        logits = logits_of(model, adapter, variables, batch).astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return jnp.argmax(logits, -1), losses
-
-    return make_eval_step(predict)

@@ -1,5 +1,6 @@
 """What the tasks of causal models share: the loss on chosen tokens, and its measure."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ from jaxlora.apply import lora_apply
 from jaxlora.batches import Batches, Example
 from jaxlora.errors import DataError
 from jaxlora.rows import Row
-from jaxlora.train import make_eval_step
 
 INPUTS = (
     jax.ShapeDtypeStruct((1, 8), jnp.int32),
@@ -67,17 +67,17 @@ def make_loss(model: Any, label_smoothing: float) -> Any:
     return loss
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(model: Any, adapter: Any, variables: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    return token_losses(logits_of(model, adapter, variables, batch), batch)
+
+
 def make_evaluate(model: Any, batch_size: int, pad: Any) -> Any:
     """`(adapter, variables, examples) -> {"loss", "perplexity"}` of the tokens that count."""
-    sums = make_eval_step(
-        lambda adapter, variables, batch: token_losses(
-            logits_of(model, adapter, variables, batch), batch
-        )
-    )
 
     def evaluate(adapter: Any, variables: Any, examples: Sequence[Example]) -> dict[str, float]:
         batches = Batches(sorted(examples, key=_length), batch_size, pad=pad)
-        found = [jax.device_get(sums(adapter, variables, batch)) for batch in batches]
+        found = [jax.device_get(_sums(model, adapter, variables, batch)) for batch in batches]
         total, count = (float(np.sum([pair[i] for pair in found])) for i in (0, 1))
         mean = total / count
         return {"loss": mean, "perplexity": float(np.exp(min(mean, 80.0)))}
