@@ -161,7 +161,6 @@ def _expanded(
     rows = (parent + beams * jnp.arange(batch)[:, None]).ravel()  # (batch * beams,)
     seen = state.seen[rows].at[jnp.arange(rows.size), token.ravel()].set(True)
     hope = scores[:, 0] / step.astype(jnp.float32) ** length_penalty
-    worst = jnp.where(jnp.all(length > 0, axis=1), best_scores[:, -1], _OUT)
     return Beams(
         cache=taken(cache, rows),
         tokens=_of(tokens, which),
@@ -170,7 +169,7 @@ def _expanded(
         best=best,
         best_scores=best_scores,
         length=length,
-        hopeful=state.hopeful & (hope > worst),
+        hopeful=state.hopeful & (hope > best_scores[:, -1]),  # a free place is worst
         step=step,
     )
 

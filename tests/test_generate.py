@@ -319,6 +319,12 @@ def test_a_rows_draws_do_not_depend_on_its_neighbours():
     assert len({tuple(row) for row in twins}) == 4
 
 
+def test_each_step_draws_anew():
+    # All tokens are as likely: with one draw for all steps they would be one token.
+    for row in sample(PROMPTS, sampling=Sampling(temperature=1e6)):
+        assert len(set(row)) > 2
+
+
 def test_a_shorter_run_is_the_start_of_a_longer_one():
     long = sample(PROMPTS, max_new_tokens=20)
     assert sample(PROMPTS, max_new_tokens=5) == [row[:5] for row in long]
