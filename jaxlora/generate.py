@@ -224,7 +224,7 @@ def _rows(
             f"generate got a {type(model).__name__}, expected a causal model with `empty_cache`, "
             "such as jaxlora.models.llama.LlamaForCausalLM."
         )
-    if isinstance(prompts, (str, Mapping)) or not len(prompts):
+    if not isinstance(prompts, (list, tuple, np.ndarray, jax.Array)) or not len(prompts):
         raise ConfigError(
             f"prompts is {prompts!r:.80}, expected a list with at least one prompt in it: "
             "[prompt] for one."
@@ -289,8 +289,8 @@ def _check_options(
             f"num_beams is {num_beams} with temperature {sampling.temperature}, expected 1 beam or "
             "temperature 0: beam search does not draw."
         )
-    if sampling.temperature > 0 and key is None:
+    if (key is None and sampling.temperature > 0) or not isinstance(key, (jax.Array, type(None))):
         raise ConfigError(
-            f"temperature is {sampling.temperature} and key is None, expected a PRNG key: "
+            f"key is {key!r} with temperature {sampling.temperature}, expected a PRNG key: "
             "key=jax.random.key(0)."
         )

@@ -21,6 +21,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": nn.tanh,
 }
 """The activations by Hugging Face's names: "gelu" is exact, the other two are tanh."""
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""The fields of config.json that tell special tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class ModelConfig:
       attention: the implementation of `jax.nn.dot_product_attention`: "xla", "cudnn" (flash
         attention, on GPUs that have it) or None, which leaves the choice to jax. Dropout of the
         attention weights, and DeBERTa, need the weights themselves and are always "xla".
+      bos_token_id, eos_token_id, pad_token_id: the ids of those tokens, an integer or several, or
+        None; kept for config.json, and without a meaning here but for RoBERTa's padding.
     """
 
     dtype: Any = jnp.float32
@@ -44,12 +48,19 @@ class ModelConfig:
     remat: bool = False
     attention: Literal["xla", "cudnn"] | None = None
 
+    bos_token_id: Any = None
+    eos_token_id: Any = None
+    pad_token_id: Any = None
+
     model_types: ClassVar[tuple[str, ...]] = ()
     """The values of config.json's `model_type` that this class reads."""
     only: ClassVar[Mapping[str, Any]] = {}
     """Fields of config.json that change the result, each with the one value that is supported."""
 
     def __post_init__(self) -> None:
+        for name in TOKEN_IDS:  # several as a tuple, so that configs are hashable
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         for field in dataclasses.fields(self):
             check_field(field, getattr(self, field.name))
 
@@ -90,6 +101,9 @@ class ModelConfig:
         """The fields of Hugging Face's config.json: `from_dict` gives an equal config."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields = {name: value for name, value in fields.items() if name not in _OURS}
+        for name in TOKEN_IDS:
+            if (value := fields.pop(name)) is not None:
+                fields[name] = list(value) if isinstance(value, tuple) else value
         return {"model_type": self.model_types[0], **fields}
 
     def with_dropout(self, rate: float) -> Self:
@@ -98,7 +112,7 @@ class ModelConfig:
         return dataclasses.replace(self, **dict.fromkeys(names, rate))
 
 
-_OURS = {f.name for f in dataclasses.fields(ModelConfig)}
+_OURS = {f.name for f in dataclasses.fields(ModelConfig)} - set(TOKEN_IDS)
 
 
 def is_dropout(name: str) -> bool:

@@ -12,6 +12,7 @@ import jax
 from jaxlora.errors import CheckpointError, ConfigError
 from jaxlora.models import weights
 from jaxlora.models.architectures import Architecture, architecture_of
+from jaxlora.models.config import TOKEN_IDS
 
 
 def save_pretrained(
@@ -99,7 +100,7 @@ def _config_json(
             raise ConfigError(f"labels are {len(named)} names, expected {model.num_labels}.")
         fields |= {"id2label": {str(n): label for n, label in enumerate(named)}}
         fields |= {"label2id": {label: n for n, label in enumerate(named)}}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in TOKEN_IDS:
         if (found := getattr(tokenizer, name, None)) is not None:
             fields.setdefault(name, found)
     return fields

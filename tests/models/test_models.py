@@ -142,7 +142,26 @@ def run(model: Any, params: Any, inputs: Mapping[str, Any]) -> list[Any]:
 
 
 def init(model: Any, *args: Any) -> dict[str, Any]:
-    return jit(model.init)(KEY, *args)["params"]
+    """Params that are drawn without compiling anything."""
+    shapes = jax.eval_shape(model.init, KEY, *args)["params"]
+    draw = np.random.default_rng(0).normal
+    return jax.tree.map(lambda x: jnp.asarray(0.5 * draw(size=x.shape), x.dtype), shapes)
+
+
+def check_dropout(make: Any, config: Any, only: str, *args: Any) -> None:
+    """It acts in training only, alone."""
+    none, some = (make(dataclasses.replace(config.with_dropout(0), **{only: p})) for p in (0, 0.5))
+    params = init(none, *args)
+
+    @jit
+    def outputs(params: Any) -> Any:
+        given = {"params": params}
+        trained = some.apply(given, *args, deterministic=False, rngs={"dropout": KEY})
+        return none.apply(given, *args), some.apply(given, *args), trained
+
+    expected, still, trained = outputs(params)
+    np.testing.assert_array_equal(still, expected)
+    assert not np.allclose(trained, still, atol=1e-4)
 
 
 def apply(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -303,7 +322,7 @@ def test_packed_sequences_do_not_see_each_other(decoder):
 
 # What is GPT-2's own.
 
-GPT2 = gpt2.GPT2Config(vocab_size=11, n_positions=4, n_embd=8, n_layer=2, n_head=2)
+GPT2 = gpt2.GPT2Config(vocab_size=11, n_positions=4, n_embd=8, n_layer=1, n_head=2)
 IDS = np.array([[1, 2, 3, 4], [5, 6, 7, 0]])
 
 
@@ -356,14 +375,7 @@ def test_gpt2s_positions_end():
 
 @pytest.mark.parametrize("only", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
 def test_gpt2s_dropouts(only):
-    model = gpt2.GPT2LMHeadModel(GPT2.with_dropout(0))
-    params = init(model, IDS)
-    some = gpt2.GPT2LMHeadModel(dataclasses.replace(model.config, **{only: 0.5}))
-    still = apply(model, params, IDS)
-    np.testing.assert_array_equal(apply(some, params, IDS), still)
-    rngs = {"dropout": KEY}
-    trained = apply(some, params, IDS, deterministic=False, rngs=rngs)
-    assert not np.allclose(trained, still, atol=1e-4)
+    check_dropout(gpt2.GPT2LMHeadModel, GPT2, only, IDS)
 
 
 # What is RoBERTa's own.
@@ -403,20 +415,15 @@ def test_robertas_head_is_drawn_for_a_masked_language_model(references, tmp_path
     assert params["classifier"]["out_proj"]["kernel"].shape == (16, 5)
 
 
-def test_robertas_head_has_dropouts():
-    model = roberta.RobertaForSequenceClassification(ROBERTA.with_dropout(0))
-    some = roberta.RobertaForSequenceClassification(
-        dataclasses.replace(model.config, classifier_dropout=0.5)
-    )
+def test_robertas_head_has_two_dropouts():
+    make = roberta.RobertaForSequenceClassification
+    check_dropout(make, ROBERTA, "classifier_dropout", IDS)
+    model = make(dataclasses.replace(ROBERTA.with_dropout(0), classifier_dropout=0.5))
     params = init(model, IDS)
-    still = apply(model, params, IDS)
-    np.testing.assert_array_equal(apply(some, params, IDS), still)
-    rngs = {"dropout": KEY}
-    # Without the first layer of the head, only its second dropout is left to differ.
+    # Without the head's first layer, only the second dropout is left to differ.
     params["classifier"]["dense"]["kernel"] *= 0
-    params["classifier"]["dense"]["bias"] += 1
-    after = apply(some, params, IDS, deterministic=False, rngs=rngs)
-    assert not np.allclose(after, apply(model, params, IDS), atol=1e-4)
+    trained = apply(model, params, IDS, deterministic=False, rngs={"dropout": KEY})
+    assert not np.allclose(trained, apply(model, params, IDS), atol=1e-4)
 
 
 # What is DeBERTa's own.
@@ -424,7 +431,7 @@ def test_robertas_head_has_dropouts():
 DEBERTA = deberta.DebertaConfig(
     vocab_size=11,
     hidden_size=8,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=2,
     intermediate_size=12,
     max_position_embeddings=4,
@@ -465,17 +472,7 @@ def test_debertas_unused_position_table_is_left(references, tmp_path):
     "only", ["hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"]
 )
 def test_debertas_dropouts(only):
-    model = deberta.DebertaForSequenceClassification(DEBERTA.with_dropout(0))
-    params = init(model, IDS)
-    some = deberta.DebertaForSequenceClassification(
-        dataclasses.replace(model.config, **{only: 0.5})
-    )
-    still = apply(model, params, IDS)
-    np.testing.assert_array_equal(apply(some, params, IDS), still)
-    rngs = {"dropout": KEY}
-    assert not np.allclose(
-        apply(some, params, IDS, deterministic=False, rngs=rngs), still, atol=1e-4
-    )
+    check_dropout(deberta.DebertaForSequenceClassification, DEBERTA, only, IDS)
 
 
 # What is ViT's own.
@@ -507,14 +504,8 @@ def test_vits_wrong_inputs(image, message):
 
 @pytest.mark.parametrize("only", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_vits_dropouts(only):
-    model = vit.ViTForImageClassification(VIT)
     image = np.asarray(jax.random.normal(KEY, (2, 6, 4, 1)))
-    params = init(model, image)
-    some = vit.ViTForImageClassification(dataclasses.replace(VIT, **{only: 0.5}))
-    still = apply(model, params, image)
-    np.testing.assert_array_equal(apply(some, params, image), still)
-    trained = apply(some, params, image, deterministic=False, rngs={"dropout": KEY})
-    assert not np.allclose(trained, still, atol=1e-4)
+    check_dropout(vit.ViTForImageClassification, VIT, only, image)
 
 
 # Errors of the configs, and what else is saved.

@@ -242,3 +242,14 @@ def test_misfits_of_a_stack_are_named_by_tensor(saved):
     for scan in (False, True):
         with pytest.raises(CheckpointError, match=r"Missing \(1\): .*layers.1.*up_proj"):
             models.from_pretrained(folder, scan_layers=scan)
+
+
+def test_special_tokens_are_kept(tmp_path):
+    config = dataclasses.replace(CONFIG, eos_token_id=[2, 3], pad_token_id=0)
+    assert hash(config) == hash(dataclasses.replace(CONFIG, eos_token_id=(2, 3), pad_token_id=0))
+    model = LlamaForCausalLM(config)
+    folder = models.save_pretrained(tmp_path / "m", model, fresh(model))
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["eos_token_id"], written["pad_token_id"]) == ([2, 3], 0)
+    assert "bos_token_id" not in written
+    assert models.from_pretrained(folder).model == model

@@ -138,7 +138,7 @@ FAMILIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
             "DebertaV2ForSequenceClassification",
             DEBERTA
             | {"position_buckets": 4, "conv_kernel_size": 3, "conv_act": "gelu", "num_labels": 2}
-            | {"num_hidden_layers": 3, "pooler_hidden_act": "tanh"},
+            | {"pooler_hidden_act": "tanh"},
         ),
         "deberta_unshared": (
             "DebertaV2ForTokenClassification",
