@@ -8,7 +8,9 @@ By default the model is SmolLM2-135M-Instruct, fetched once through pip and veri
 are the 40 dialogues with a ship's cook beside this file. The loss is on the answers only. Of a
 GPT-2 the fused `c_attn` is adapted on q and v only, beside `c_fc` and `c_proj`.
 
-@FIGURES@
+Measured: 36 steps (4 epochs, rank 8, 2.4M parameters, 1.8 %) take the perplexity of unseen answers
+from 218 to 23. To "How do I cook rice?" the base begins "To cook rice, you'll need a few key
+ingredients", the cook "Cook the rice, matey". All of it took 180 s of CPU time.
 """
 
 import dataclasses

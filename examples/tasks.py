@@ -32,7 +32,7 @@ class Options:
     """"minilm", which is fetched, or a folder or hub id of an encoder."""
     out: str = "runs/tasks-example"
     """The folder of the runs; those that are there are used."""
-    limit: int = 1200
+    limit: int = 1000
     """Sentences of each task."""
     epochs: int = 2
     """Passes over them."""
@@ -56,7 +56,7 @@ def main(options: Options) -> dict[str, dict[str, float]]:
             epochs=options.epochs,
             max_length=options.max_length,
             valid_share=0.2,
-            learning_rate=2e-3,
+            learning_rate=1e-3,
         )
         if not (folder / "curves.png").is_file() or not (folder / "best").is_dir():
             print(f"\n{task}")

@@ -19,7 +19,7 @@ from jaxlora.tasks import Chat, Classify, Nlg, load_run, train
 from jaxlora.tasks import chat as chat_task
 from jaxlora.tasks import classify as classify_task
 from jaxlora.tasks import nlg as nlg_task
-from jaxlora.tasks.base import adapter_config, check_tokens
+from jaxlora.tasks.base import adapter_config, check_tokens, limited
 from jaxlora.tasks.language import counted, token_losses
 from jaxlora.tasks.launch import from_dict, to_dict
 from tests import tiny
@@ -192,6 +192,18 @@ def test_a_meaning_and_its_text():
     assert words == ["name", "[", "Mill", "]", "[BOS]", "the", "Mill", "is", "near", ".", "[EOS]"]
     assert example["loss_mask"].tolist() == [0] * 5 + [1] * 6
     assert nlg_task.prompt_ids(tokenizer, "name [ Mill ]") == example["input_ids"][:5].tolist()
+
+
+def test_a_limit_draws_from_the_whole_file():
+    rows = [Row(f"line {i}", {}) for i in range(1000)]
+    some = limited(rows, Classify(limit=100))
+    numbers = [int(row.where.split()[1]) for row in some]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == 100
+    assert 300 < np.mean(numbers) < 700  # the first hundred have 49.5
+    assert limited(rows, Classify()) == limited(rows, Classify(limit=5000)) == rows
+    with pytest.raises(ConfigError, match="limit is 0"):
+        limited(rows, Classify(limit=0))
 
 
 def test_meanings_are_held_out_whole():

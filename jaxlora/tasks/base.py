@@ -221,6 +221,16 @@ def held_out(rows: Sequence[Any], settings: Settings) -> tuple[list[Any], list[A
     return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
 
 
+def limited(rows: Sequence[Any], settings: Settings) -> list[Any]:
+    """At most `limit` of the rows, drawn by the seed: files are often sorted by label."""
+    if settings.limit is None or settings.limit >= len(rows):
+        return list(rows)
+    if settings.limit < 1:
+        raise ConfigError(f"limit is {settings.limit}, expected at least 1.")
+    order = np.random.default_rng(settings.seed).permutation(len(rows))
+    return [rows[i] for i in sorted(order[: settings.limit])]
+
+
 def check_tokens(examples: Sequence[Example], model: Any, max_length: int) -> None:
     """Raises unless the model has every token id and as many positions as `max_length`.
 

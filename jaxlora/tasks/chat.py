@@ -15,6 +15,7 @@ from jaxlora.tasks.base import (
     adapter_config,
     check_tokens,
     held_out,
+    limited,
     load_model,
 )
 from jaxlora.tasks.language import INPUTS, counted, make_evaluate, make_loss
@@ -97,7 +98,7 @@ class Chat(Settings):
     def _split(self) -> tuple[list[Row], list[Row]]:
         rows = self._rows(self.data)
         train, valid = (rows, self._rows(self.valid)) if self.valid else held_out(rows, self)
-        return train[: self.limit], valid[: self.limit]
+        return limited(train, self), limited(valid, self)
 
     def _encoded(
         self, model: Any, tokenizer: Any, rows: Sequence[Row]

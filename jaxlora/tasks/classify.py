@@ -22,6 +22,7 @@ from jaxlora.tasks.base import (
     adapter_config,
     check_tokens,
     held_out,
+    limited,
     load_model,
 )
 
@@ -142,7 +143,7 @@ class Classify(Settings):
     def _split(self) -> tuple[list[Row], list[Row]]:
         rows = self.rows(self.data)
         train, valid = (rows, self.rows(self.valid)) if self.valid else held_out(rows, self)
-        return train[: self.limit], valid[: self.limit]
+        return limited(train, self), limited(valid, self)
 
 
 def encode(

@@ -16,6 +16,7 @@ from jaxlora.tasks.base import (
     Settings,
     adapter_config,
     check_tokens,
+    limited,
     load_model,
 )
 from jaxlora.tasks.language import INPUTS, counted, make_evaluate, make_loss
@@ -136,7 +137,7 @@ class Nlg(Settings):
             train, valid = rows, self.rows(self.valid)
         else:
             train, valid = held_out_groups(rows, self.valid_share)
-        return train[: self.limit], valid[: self.limit]
+        return limited(train, self), limited(valid, self)
 
     def _encoded(
         self, model: Any, tokenizer: Any, rows: Sequence[Row]
