@@ -225,7 +225,7 @@ def test_matches_torch(ref, scan_layers):
 def test_remat_and_scan_keep_the_gradients(one, options):
     out, gradient = outputs_and_gradient(one, **options)
     expected, expected_gradient = plain(one)
-    assert_close(out, expected)
+    assert_close(out, expected, 3e-5)  # another program sums in another order
     # Gradients of these steep models reach 1e3.
     scale = max(np.abs(g).max() for g in expected_gradient.values())
     assert gradient.keys() == expected_gradient.keys()
