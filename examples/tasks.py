@@ -6,7 +6,10 @@ The tasks are sentiment of movie reviews, Amazon reviews, tweets and New York Ti
 lie in one archive; the base is all-MiniLM-L6. Each adapter holds the update of queries and values
 and a head of its own.
 
-@FIGURES@
+Measured, 64 steps a task: accuracy of 0.789 (movie), 0.843 (amazon), 0.930 (tweets) and 0.823 (nyt)
+with each task's own adapter, 0.69 to 0.84 with another's. Unmerged, a call with another adapter takes
+no longer than one with the same (4.8 and 4.9 ms); merging another one takes 4 to 10 ms. One base and
+four adapters are 91.5 MB, four full copies 361.1 MB. It took 346 s of CPU time.
 """
 
 import dataclasses
@@ -78,7 +81,9 @@ def main(options: Options) -> dict[str, dict[str, float]]:
         print(f"{name:8}" + "".join(f"{table[name][task]:8.3f}" for task in TASKS))
 
     adapters = [run.adapter for run in trained.values()]
-    print(f"\nswitch, unmerged: {1e3 * switch_unmerged(first, adapters):.3f} ms more than a call")
+    same, switched = switch_unmerged(first, adapters)
+    print(f"\na call with the adapter of the call before {1e3 * same:.1f} ms, ", end="")
+    print(f"with another one {1e3 * switched:.1f} ms")
     print(f"switch, merged:   {1e3 * switch_merged(params, adapters):.1f} ms")
     held = [sum(x.nbytes for x in jax.tree.leaves(a)) for a in adapters]
     base = sum(x.nbytes for x in jax.tree.leaves(params))
@@ -91,8 +96,10 @@ def main(options: Options) -> dict[str, dict[str, float]]:
     return table
 
 
-def switch_unmerged(trained: Any, adapters: list[jl.Adapter], rounds: int = 40) -> float:
-    """Seconds that a call takes longer when each has another adapter than the call before."""
+def switch_unmerged(
+    trained: Any, adapters: list[jl.Adapter], rounds: int = 40
+) -> tuple[float, float]:
+    """Median seconds of a call with the adapter of the call before, and with another one."""
     ids = jax.numpy.ones((1, 16), jax.numpy.int32)
 
     @jax.jit
@@ -112,7 +119,7 @@ def switch_unmerged(trained: Any, adapters: list[jl.Adapter], rounds: int = 40) 
     for i in range(rounds):
         same.append(taken([adapters[i % len(adapters)]] * len(adapters)))
         switched.append(taken(adapters))
-    return sorted(switched)[rounds // 2] - sorted(same)[rounds // 2]
+    return sorted(same)[rounds // 2], sorted(switched)[rounds // 2]
 
 
 def switch_merged(params: Any, adapters: list[jl.Adapter], rounds: int = 10) -> float:
