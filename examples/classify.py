@@ -82,7 +82,7 @@ def main(options: Options) -> dict[str, float]:
         weight_decay=0.01,
     )
     train, valid = held_out(rows, settings)
-    length = min(settings.max_length, model.config.max_position_embeddings)
+    length = min(settings.max_length, model.config.context or settings.max_length)
     train, valid, test = (
         encode(tokenizer, part, classes, length)[0] for part in (train, valid, test)
     )

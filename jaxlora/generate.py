@@ -68,7 +68,7 @@ def generate(
     Args:
       model: a causal model: `model.apply(variables, ids, attention_mask, cache=, last=)` gives
         (logits, cache), `model.empty_cache(batch, length)` a cache, and `model.config` says its
-        `vocab_size` and its `max_position_embeddings` or `n_positions`.
+        `vocab_size` and its `context`, the longest sequence, or None.
       variables: `{"params": base}` as for `model.apply`.
       prompts: one item a row: a string, a chat (a list of `{"role": …, "content": …}`, through the
         tokenizer's chat template), or token ids without padding.
@@ -118,7 +118,7 @@ def generate(
         )
     rows = _rows(model, prompts, tokenizer, max_new_tokens)
     eos = _eos(eos_id, tokenizer, _size(model, "vocab_size"))
-    width, most = _buckets(max(map(len, rows)), max_new_tokens, _context(model))
+    width, most = _buckets(max(map(len, rows)), max_new_tokens, _size(model, "context"))
     ids, mask = _padded(rows, width)
     seed = jax.random.key(0) if key is None else key
     if not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
@@ -230,7 +230,7 @@ def _rows(
             "[prompt] for one."
         )
     rows = [to_ids(prompt, row, tokenizer) for row, prompt in enumerate(prompts)]
-    vocab, context = _size(model, "vocab_size"), _context(model)
+    vocab, context = _size(model, "vocab_size"), _size(model, "context")
     for n, ids in enumerate(rows):
         if not ids:
             raise ModelError(f"Prompt {n} is empty, expected at least one token.")
@@ -251,11 +251,6 @@ def _rows(
 
 def _size(model: nn.Module, name: str) -> int | None:
     return getattr(getattr(model, "config", None), name, None)
-
-
-def _context(model: nn.Module) -> int | None:
-    """How many tokens there may be, as the configs of Llama and of GPT-2 call it."""
-    return _size(model, "max_position_embeddings") or _size(model, "n_positions")
 
 
 def _eos(eos_id: Any, tokenizer: Any, vocab: int | None) -> tuple[int, ...]:

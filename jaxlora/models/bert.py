@@ -184,10 +184,9 @@ class Bert(nn.Module):
           ModelError: inputs of a wrong shape or dtype, or longer than there are positions.
         """
         c = self.config
-        limit = c.max_position_embeddings if position_ids is None else None
         layers.check_inputs(
             input_ids,
-            limit,
+            c.context if position_ids is None else None,
             "max_position_embeddings",
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,

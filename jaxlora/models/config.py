@@ -69,6 +69,11 @@ class ModelConfig:
         """How many layers the model has."""
         return getattr(self, "num_hidden_layers")  # noqa: B009
 
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that the model takes without position_ids; None: any."""
+        return getattr(self, "max_position_embeddings", None)
+
     @classmethod
     def from_dict(cls, config_json: Mapping[str, Any]) -> Self:
         """Take the fields from Hugging Face's config.json; those without a meaning here are left.

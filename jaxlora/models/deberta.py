@@ -134,6 +134,11 @@ class DebertaConfig(ModelConfig):
         return fields
 
     @property
+    def context(self) -> int | None:
+        """The longest sequence that the model takes; None: any, by relative positions alone."""
+        return self.max_position_embeddings if self.position_biased_input else None
+
+    @property
     def width(self) -> int:
         """Width of a head."""
         return self.hidden_size // self.num_attention_heads
@@ -346,10 +351,9 @@ class Deberta(nn.Module):
           ModelError: inputs of a wrong shape or dtype, or longer than there are positions.
         """
         c = self.config
-        limited = c.position_biased_input and position_ids is None
         layers.check_inputs(
             input_ids,
-            c.max_position_embeddings if limited else None,
+            c.context if position_ids is None else None,
             "max_position_embeddings",
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,

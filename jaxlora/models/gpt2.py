@@ -65,6 +65,11 @@ class GPT2Config(ModelConfig):
         """How many layers the model has."""
         return self.n_layer
 
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model takes."""
+        return self.n_positions
+
 
 class _Attention(nn.Module):
     config: GPT2Config

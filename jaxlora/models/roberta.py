@@ -33,6 +33,11 @@ class RobertaConfig(bert.BertConfig):
 
     model_types: ClassVar[tuple[str, ...]] = ("roberta", "xlm-roberta", "camembert")
 
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model takes without position_ids."""
+        return self.max_position_embeddings - self.pad_token_id - 1
+
 
 class Roberta(nn.Module):
     """Encode tokens: embeddings, encoder, and a pooler over the first token.
@@ -78,7 +83,7 @@ class Roberta(nn.Module):
         c = self.config
         layers.check_inputs(
             input_ids,
-            c.max_position_embeddings - c.pad_token_id - 1 if position_ids is None else None,
+            c.context if position_ids is None else None,
             "max_position_embeddings - pad_token_id - 1",
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,

@@ -240,7 +240,7 @@ def check_tokens(examples: Sequence[Example], model: Any, max_length: int) -> No
     """
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None)
-    positions = getattr(config, "max_position_embeddings", getattr(config, "n_positions", None))
+    positions = getattr(config, "context", None)
     if positions is not None and max_length > positions:
         raise ConfigError(
             f"max_length is {max_length}, the model has {positions} positions. Lower it."
