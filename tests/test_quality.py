@@ -1,0 +1,62 @@
+"""What decides which runs benchmarks/quality.py makes, and what it says of them."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quality_runs as qr
+
+ROOT = Path(__file__).parent.parent
+
+
+def runs(accuracies, method="full", task="movie"):
+    """Runs of {(rate, seed): accuracy}, the same on validation and test."""
+    shared = {"task": task, "method": method, "trained": 10, "checkpoint_bytes": 100, "step_ms": 2.0}
+    return [
+        shared | {"rate": rate, "seed": seed, "valid": accuracy, "test": accuracy}
+        for (rate, seed), accuracy in accuracies.items()
+    ]
+
+
+def test_the_sweep_comes_first_then_the_seeds_of_the_best_rate():
+    assert qr.pending([], [0.1, 0.2], 3, 1) == [(0.1, 0), (0.2, 0)]
+    assert qr.pending(runs({(0.1, 0): 0.8}), [0.1, 0.2], 3, 1) == [(0.2, 0)]
+    swept = runs({(0.1, 0): 0.8, (0.2, 0): 0.7})
+    assert qr.pending(swept, [0.1, 0.2], 3, 1) == [(0.1, 1), (0.1, 2)]
+    done = swept + runs({(0.1, 1): 0.6, (0.1, 2): 0.6})
+    assert qr.pending(done, [0.1, 0.2], 3, 1) == []
+
+
+def test_the_best_rate_is_judged_on_the_sweeps_seeds_alone():
+    assert qr.best_rate([], 1) is None
+    assert qr.best_rate(runs({(0.2, 0): 0.8, (0.1, 0): 0.8}), 1) == 0.1  # equal: the lower one
+    assert qr.best_rate(runs({(0.1, 0): 0.8, (0.2, 0): 0.7, (0.2, 1): 1.0}), 1) == 0.1
+    assert qr.best_rate(runs({(0.1, 0): 0.8, (0.2, 0): 0.7, (0.2, 1): 1.0}), 2) == 0.2
+
+
+def test_the_table_gives_mean_spread_and_paired_differences():
+    full = runs({(0.1, 0): 0.80, (0.1, 1): 0.82})
+    lora = runs({(0.5, 0): 0.81, (0.5, 1): 0.84}, "lora-all")
+    text = qr.tables(full + lora, ["movie"], 2, 1)
+    assert "| full fine-tuning | 10 | 0.0 | 1.00 | 81.00 ± 1.41 | 0.1 |" in text
+    assert "| LoRA, all linear layers less full fine-tuning | +1.50 ± 0.50 |" in text
+
+
+def test_a_line_that_was_cut_is_left_out(tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    qr.append(path, {"seed": 0})
+    path.write_text(path.read_text() + '{"seed": 1, "va')
+    assert qr.load(path) == [{"seed": 0}]
+    assert "skipped a line" in capsys.readouterr().out
+    qr.append(path, {"seed": 2})
+    assert qr.load(path) == [{"seed": 0}, {"seed": 2}]
+
+
+def test_a_page_without_markers_is_an_error(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- table -->\nold\n<!-- /table -->\nb\n")
+    qr.write_page(page, "table", "new\n")
+    assert page.read_text() == "a\n<!-- table -->\nnew\n<!-- /table -->\nb\n"
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match="lacks the lines <!-- table -->"):
+        qr.write_page(page, "table", "new\n")
