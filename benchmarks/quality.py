@@ -42,7 +42,7 @@ WEIGHT_DECAY, MAX_NORM = 0.01, 1.0
 class Options:
     """Compare full fine-tuning, LoRA and DoRA under one budget.
 
-    Example: python benchmarks/quality.py --train-size 2000 --epochs 2 --seeds 5
+    Example: python benchmarks/quality.py --train-size 4000 --seeds 10
     """
 
     movie: bool = True
@@ -51,17 +51,17 @@ class Options:
     """Folder of SST-2's train.tsv and dev.tsv (label, sentence); without it, no SST-2."""
     methods: tuple[str, ...] = ("full", "lora-qv", "lora-all", "dora-all")
     """Names of `METHODS` in quality_runs.py."""
-    rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3, 2e-3)
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     """Peak learning rates of LoRA and DoRA to try."""
-    full_rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4)
+    full_rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
     """Peak learning rates of full fine-tuning to try."""
     seeds: int = 5
     """Seeds at the best rate: of the head, the factors, the order and the dropout."""
     sweep_seeds: int = 1
     """Seeds at every rate."""
-    train_size: int = 2000
+    train_size: int = 1000
     """Training sentences."""
-    valid_size: int = 1000
+    valid_size: int = 500
     """Validation sentences."""
     epochs: int = 2
     """Passes over the training sentences."""
