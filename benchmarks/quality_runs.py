@@ -74,27 +74,28 @@ def of(runs: Iterable[Run], task: str, method: str) -> list[Run]:
     return [run for run in runs if (run["task"], run["method"]) == (task, method)]
 
 
-def best_rate(runs: Iterable[Run], sweep_seeds: int) -> float | None:
-    """The rate of the best mean validation accuracy over the sweep's seeds; the lower of equals."""
+def ranked(runs: Iterable[Run], seeds: int) -> list[float]:
+    """Rates that have all seeds, by mean validation accuracy; of equals the lower rate first."""
     scores: dict[float, dict[int, float]] = {}
     for run in runs:
-        if run["seed"] < sweep_seeds:
+        if run["seed"] < seeds:
             scores.setdefault(run["rate"], {})[run["seed"]] = run["valid"]
-    means = {r: statistics.mean(s.values()) for r, s in scores.items() if len(s) == sweep_seeds}
-    return max(sorted(means), key=means.__getitem__, default=None)
+    means = {r: statistics.mean(s.values()) for r, s in scores.items() if len(s) == seeds}
+    return sorted(means, key=lambda rate: (-means[rate], rate))
 
 
 def pending(
     runs: list[Run], rates: Sequence[float], seeds: int, sweep_seeds: int
 ) -> list[tuple[float, int]]:
-    """(rate, seed) still to run of one task and method: the sweep, then the best rate's seeds."""
+    """(rate, seed) still to run of one task and method.
+
+    First the sweep: every rate with few seeds. Then the two best rates with all seeds.
+    """
     done = {(run["rate"], run["seed"]) for run in runs}
     sweep = [(rate, seed) for seed in range(sweep_seeds) for rate in rates]
     left = [pair for pair in sweep if pair not in done]
-    best = best_rate(runs, sweep_seeds)
-    if left or best is None:
-        return left
-    return [(best, seed) for seed in range(seeds) if (best, seed) not in done]
+    final = [(rate, seed) for rate in ranked(runs, sweep_seeds)[:2] for seed in range(seeds)]
+    return left or [pair for pair in final if pair not in done]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +122,10 @@ class Row:
 
 
 def row(runs: list[Run], seeds: int, sweep_seeds: int) -> Row | None:
-    rate = best_rate(runs, sweep_seeds)
-    if rate is None:
+    rates = ranked(runs, seeds) or ranked(runs, sweep_seeds)
+    if not rates:
         return None
+    rate = rates[0]
     chosen = [run for run in runs if run["rate"] == rate and run["seed"] < seeds]
     return Row(rate, {run["seed"]: 100 * run["test"] for run in chosen}, runs)
 

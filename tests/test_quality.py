@@ -18,20 +18,22 @@ def runs(accuracies, method="full", task="movie"):
     ]
 
 
-def test_the_sweep_comes_first_then_the_seeds_of_the_best_rate():
-    assert qr.pending([], [0.1, 0.2], 3, 1) == [(0.1, 0), (0.2, 0)]
-    assert qr.pending(runs({(0.1, 0): 0.8}), [0.1, 0.2], 3, 1) == [(0.2, 0)]
-    swept = runs({(0.1, 0): 0.8, (0.2, 0): 0.7})
-    assert qr.pending(swept, [0.1, 0.2], 3, 1) == [(0.1, 1), (0.1, 2)]
-    done = swept + runs({(0.1, 1): 0.6, (0.1, 2): 0.6})
-    assert qr.pending(done, [0.1, 0.2], 3, 1) == []
+def test_the_sweep_comes_first_then_the_seeds_of_the_two_best_rates():
+    rates = [0.1, 0.2, 0.3]
+    assert qr.pending([], rates, 2, 1) == [(0.1, 0), (0.2, 0), (0.3, 0)]
+    assert qr.pending(runs({(0.1, 0): 0.8, (0.3, 0): 0.9}), rates, 2, 1) == [(0.2, 0)]
+    swept = runs({(0.1, 0): 0.8, (0.2, 0): 0.7, (0.3, 0): 0.9})
+    assert qr.pending(swept, rates, 2, 1) == [(0.3, 1), (0.1, 1)]
+    done = swept + runs({(0.1, 1): 0.6, (0.3, 1): 0.6})
+    assert qr.pending(done, rates, 2, 1) == []
 
 
-def test_the_best_rate_is_judged_on_the_sweeps_seeds_alone():
-    assert qr.best_rate([], 1) is None
-    assert qr.best_rate(runs({(0.2, 0): 0.8, (0.1, 0): 0.8}), 1) == 0.1  # equal: the lower one
-    assert qr.best_rate(runs({(0.1, 0): 0.8, (0.2, 0): 0.7, (0.2, 1): 1.0}), 1) == 0.1
-    assert qr.best_rate(runs({(0.1, 0): 0.8, (0.2, 0): 0.7, (0.2, 1): 1.0}), 2) == 0.2
+def test_rates_are_ranked_by_those_that_have_all_seeds():
+    assert qr.ranked([], 1) == []
+    assert qr.ranked(runs({(0.2, 0): 0.8, (0.1, 0): 0.8}), 1) == [0.1, 0.2]
+    some = runs({(0.1, 0): 0.8, (0.2, 0): 0.7, (0.2, 1): 1.0})
+    assert qr.ranked(some, 1) == [0.1, 0.2]
+    assert qr.ranked(some, 2) == [0.2]
 
 
 def test_the_table_gives_mean_spread_and_paired_differences():
