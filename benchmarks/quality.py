@@ -91,7 +91,7 @@ def main() -> None:
     console.print(Markdown(text))
     if options.markdown:
         qr.write_page(options.markdown, "table", text)
-        qr.plot(options.markdown.with_suffix(".png"), runs, shown, options.sweep_seeds)
+        qr.plot(options.markdown.with_suffix(".png"), runs, shown, options.seeds)
 
 
 def export(options: Options, task: str, budget: dict[str, int]) -> list[Path]:

@@ -148,12 +148,12 @@ def tables(runs: list[Run], tasks: Sequence[str], seeds: int, sweep: int) -> str
     main = [m for m in METHODS if not METHODS[m].variant and any((t, m) in rows for t in tasks)]
     head = ["method", "trained", "checkpoint MB", "step, of full"]
     head += [f"{NAMES[t]}: test accuracy" for t in tasks] + ["rates"]
-    lines = []
+    lines, timed = [], [run for run in runs if run["task"] == tasks[0]]
     for method in main:
         own = [run for t in tasks if (t, method) in rows for run in rows[t, method].runs]
         base = "torch-full" if METHODS[method].torch else "full"
         cells = [METHODS[method].label, f"{own[0]['trained']:,}"]
-        cells += [f"{own[0]['checkpoint_bytes'] / 1e6:.1f}", _speed(runs, tasks[0], base, method)]
+        cells += [f"{own[0]['checkpoint_bytes'] / 1e6:.1f}", _speed(timed, base, method)]
         cells += [str(rows.get((t, method), "—")) for t in tasks]
         lines.append([*cells, ", ".join(_rate(rows, t, method) for t in tasks)])
     text = _table(head, lines)
@@ -175,6 +175,7 @@ def tables(runs: list[Run], tasks: Sequence[str], seeds: int, sweep: int) -> str
             difference = found.minus(ours) if ours else "—"
             cells = [METHODS[method].label, NAMES[t], f"{found.rate:g}"]
             lines.append([*cells, f"{found} ({len(found.by_seed)} seeds)", difference])
+    text += _every_rate(runs, tasks, main)
     if lines:
         text += "\nOne thing changed in LoRA on all linear layers, with a sweep of its own:\n\n"
         text += _table(["changed", "task", "rate", "test accuracy", "minus unchanged"], lines)
@@ -190,13 +191,31 @@ def _rate(rows: dict[Any, Row], task: str, method: str) -> str:
     return f"{rows[task, method].rate:g}" if (task, method) in rows else "—"
 
 
-def _speed(runs: list[Run], task: str, base: str, method: str) -> str:
-    def median(name: str) -> float | None:
-        times = [run["step_ms"] for run in runs if (run["task"], run["method"]) == (task, name)]
-        return statistics.median(times) if times else None
+def _speed(runs: list[Run], base: str, method: str) -> str:
+    """The median ratio of a run's step time to that of the full fine-tuning run nearest to it."""
+    at = {
+        name: [n for n, run in enumerate(runs) if run["method"] == name] for name in (base, method)
+    }
+    if not at[base]:
+        return "—"
+    nearest = {n: min(at[base], key=lambda m: abs(m - n)) for n in at[method]}
+    ratios = [runs[n]["step_ms"] / runs[m]["step_ms"] for n, m in nearest.items()]
+    return f"{statistics.median(ratios):.2f}"
 
-    own, full = median(method), median(base)
-    return f"{own / full:.2f}" if own and full else "—"
+
+def _every_rate(runs: list[Run], tasks: Sequence[str], methods: list[str]) -> str:
+    lines = []
+    for task in tasks:
+        for method in methods:
+            own = of(runs, task, method)
+            for rate in sorted({run["rate"] for run in own}):
+                at = [run for run in own if run["rate"] == rate]
+                means = [100 * statistics.mean(r[part] for r in at) for part in ("valid", "test")]
+                loss = statistics.mean(run["loss"] for run in at)
+                cells = [NAMES[task], METHODS[method].label, f"{rate:g}", str(len(at))]
+                lines.append([*cells, *(f"{mean:.2f}" for mean in means), f"{loss:.3f}"])
+    head = ["task", "method", "rate", "seeds", "validation", "test", "training loss, last 50 steps"]
+    return "\nEvery rate, means over the seeds there are:\n\n" + _table(head, lines)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -204,8 +223,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def plot(path: Path, runs: list[Run], tasks: Sequence[str], sweep: int) -> None:
-    """Validation accuracy against the learning rate: dots are runs of the sweep, lines means."""
+def plot(path: Path, runs: list[Run], tasks: Sequence[str], seeds: int) -> None:
+    """Validation accuracy against the learning rate: dots are runs, lines their means."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -215,7 +234,7 @@ def plot(path: Path, runs: list[Run], tasks: Sequence[str], sweep: int) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=size, layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for number, method in enumerate(m for m in METHODS if not METHODS[m].variant):
-            own = [run for run in of(runs, task, method) if run["seed"] < sweep]
+            own = [run for run in of(runs, task, method) if run["seed"] < seeds]
             rates = sorted({run["rate"] for run in own})
             if len(rates) < 2:
                 continue

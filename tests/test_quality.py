@@ -11,7 +11,13 @@ ROOT = Path(__file__).parent.parent
 
 def runs(accuracies, method="full", task="movie"):
     """Runs of {(rate, seed): accuracy}, the same on validation and test."""
-    shared = {"task": task, "method": method, "trained": 10, "checkpoint_bytes": 100, "step_ms": 2.0}
+    shared = {
+        "task": task,
+        "method": method,
+        "trained": 10,
+        "checkpoint_bytes": 100,
+        "step_ms": 2.0,
+    }
     return [
         shared | {"rate": rate, "seed": seed, "valid": accuracy, "test": accuracy}
         for (rate, seed), accuracy in accuracies.items()
@@ -62,3 +68,11 @@ def test_a_page_without_markers_is_an_error(tmp_path):
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="lacks the lines <!-- table -->"):
         qr.write_page(page, "table", "new\n")
+
+
+def test_the_page_is_made_of_the_runs():
+    found = qr.load(ROOT / "benchmarks" / "quality.jsonl")
+    found = [run for run in found if run["budget"] == found[0]["budget"]]
+    tasks = [task for task in qr.NAMES if any(run["task"] == task for run in found)]
+    text = qr.tables(found, tasks, seeds=5, sweep=1)
+    assert f"<!-- table -->\n{text}<!-- /table -->" in (ROOT / "docs" / "quality.md").read_text()
