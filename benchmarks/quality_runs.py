@@ -125,7 +125,10 @@ def row(runs: list[Run], seeds: int, sweep_seeds: int) -> Row | None:
     rates = ranked(runs, seeds) or ranked(runs, sweep_seeds)
     if not rates:
         return None
-    rate = rates[0]
+    return row_at(runs, rates[0], seeds)
+
+
+def row_at(runs: list[Run], rate: float, seeds: int) -> Row:
     chosen = [run for run in runs if run["rate"] == rate and run["seed"] < seeds]
     return Row(rate, {run["seed"]: 100 * run["test"] for run in chosen}, runs)
 
@@ -164,6 +167,8 @@ def tables(runs: list[Run], tasks: Sequence[str], seeds: int, sweep: int) -> str
         [f"{METHODS[a].label} less {METHODS[b].label}", *(_minus(rows, t, a, b) for t in tasks)]
         for a, b in pairs
     ]
+    if "peft-all" in main:
+        lines += _at_equal_rates(runs, tasks, seeds, "lora-all", "peft-all")
     text += "\nThe same seeds subtracted, in points, mean ± standard error:\n\n"
     text += _table(["", *(NAMES[t] for t in tasks)], lines)
 
@@ -201,6 +206,24 @@ def _speed(runs: list[Run], base: str, method: str) -> str:
     nearest = {n: min(at[base], key=lambda m: abs(m - n)) for n in at[method]}
     ratios = [runs[n]["step_ms"] / runs[m]["step_ms"] for n, m in nearest.items()]
     return f"{statistics.median(ratios):.2f}"
+
+
+def _at_equal_rates(
+    runs: list[Run], tasks: Sequence[str], seeds: int, a: str, b: str
+) -> list[list[str]]:
+    """The differences where both have a rate with all seeds, chosen or not."""
+    own = {(task, m): of(runs, task, m) for task in tasks for m in (a, b)}
+    common = {t: set(ranked(own[t, a], seeds)) & set(ranked(own[t, b], seeds)) for t in tasks}
+    lines = []
+    for rate in sorted(set().union(*common.values())):
+        cells = [
+            row_at(own[t, a], rate, seeds).minus(row_at(own[t, b], rate, seeds))
+            if rate in common[t]
+            else "—"
+            for t in tasks
+        ]
+        lines.append([f"the same two, both at {rate:g}", *cells])
+    return lines
 
 
 def _every_rate(runs: list[Run], tasks: Sequence[str], methods: list[str]) -> str:
