@@ -253,7 +253,7 @@ def plot(path: Path, runs: list[Run], tasks: Sequence[str], seeds: int) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = (4.5 * len(tasks), 3.6)
+    size = (5 * len(tasks), 4.2)
     figure, axes = plt.subplots(1, len(tasks), figsize=size, layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for number, method in enumerate(m for m in METHODS if not METHODS[m].variant):
@@ -273,7 +273,8 @@ def plot(path: Path, runs: list[Run], tasks: Sequence[str], seeds: int) -> None:
             )
         axis.set(xscale="log", xlabel="peak learning rate", title=NAMES[task])
     axes[0][0].set_ylabel("validation accuracy, %")
-    axes[0][0].legend(fontsize="x-small", loc="lower right")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="x-small")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

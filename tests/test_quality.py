@@ -16,6 +16,7 @@ def runs(accuracies, method="full", task="movie"):
         "method": method,
         "trained": 10,
         "checkpoint_bytes": 100,
+        "loss": 0.5,
         "step_ms": 2.0,
     }
     return [
