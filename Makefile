@@ -4,7 +4,7 @@ VENV := .venv
 TORCH := .venv-torch
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-interop lint bench clean
+.PHONY: help install demo test test-interop lint bench bench-quality clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,11 @@ lint: $(VENV)/.dev ## format and lint in place
 
 bench: $(VENV)/.dev ## time a LoRA step against full fine-tuning, merged against unmerged
 	$(BIN)/python benchmarks/step.py --markdown BENCHMARKS.md
+
+bench-quality: $(VENV)/.dev $(TORCH)/.installed ## LoRA against full fine-tuning and PEFT (hours; SST2=FOLDER adds SST-2)
+	$(BIN)/python benchmarks/quality.py $(if $(SST2),--sst2 $(SST2))
+	$(TORCH)/bin/python benchmarks/quality_peft.py
+	$(BIN)/python benchmarks/quality.py --no-train --markdown docs/quality.md
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) $(TORCH) .pytest_cache .ruff_cache .hypothesis
