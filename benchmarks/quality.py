@@ -73,6 +73,8 @@ class Options:
     """Folder for the batches and heads that quality_peft.py reads."""
     markdown: Path | None = None
     """Page to write the table into, between its markers, with a plot beside it."""
+    section: str = "table"
+    """The markers of the page to write between: "larger" is the table of the second budget."""
     train: bool = True
     """Train what is missing; --no-train only shows what is there."""
 
@@ -90,7 +92,8 @@ def main() -> None:
     text = qr.tables(runs, shown, options.seeds, options.sweep_seeds)
     console.print(Markdown(text))
     if options.markdown:
-        qr.write_page(options.markdown, "table", text)
+        qr.write_page(options.markdown, options.section, text)
+    if options.markdown and options.section == "table":
         qr.plot(options.markdown.with_suffix(".png"), runs, shown, options.seeds)
 
 
