@@ -130,27 +130,45 @@ def load_adapter(path: str | os.PathLike[str], *, params: tree.Tree | None = Non
     _check_stored(final, stored, spec)
     if params is not None:
         _check_same_base(params, spec, about.get("base"), final)
+    leaves = restored(final, _LEAVES, stored, about["checksums"])
+    if params is not None:
+        base = tree.flat(params)
+        leaves = {p: boxed_like(base, spec, p, x) for p, x in leaves.items()}
+    return spec.adapter(leaves)
+
+
+def restored(
+    folder: Path, item: str, stored: Mapping[str, Any], checksums: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The leaves of one Orbax item of a checkpoint, exact.
+
+    Args:
+      folder: the checkpoint.
+      item: the item's name.
+      stored: {path: what has the leaf's shape and dtype}.
+      checksums: those that were saved with the leaves.
+
+    Raises:
+      CheckpointError: a file cannot be read, or a leaf has another checksum.
+    """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for p, x in stored.items()}
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restore = ocp.args.StandardRestore(tree.nested(target))
-            restored = checkpointer.restore(final, args=ocp.args.Composite(**{_LEAVES: restore}))
+            found = checkpointer.restore(folder, args=ocp.args.Composite(**{item: restore}))
     except Exception as e:
-        raise damaged(final, e) from e
-    # Through the host: what Orbax restores is committed to its device, a fresh adapter is not,
+        raise damaged(folder, e) from e
+    # Through the host: what Orbax restores is committed to its device, a fresh array is not,
     # and the two would take two entries of every jit cache.
-    leaves = {p: jnp.asarray(np.asarray(x)) for p, x in tree.items(restored[_LEAVES])}
+    leaves = {p: jnp.asarray(np.asarray(x)) for p, x in tree.items(found[item])}
     for p, x in leaves.items():
-        if about["checksums"].get(p) != checksum(x):
+        if checksums.get(p) != checksum(x):
             raise CheckpointError(
-                f"{final} is damaged: leaf {p} does not have the checksum that was saved with it. "
+                f"{folder} is damaged: leaf {p} does not have the checksum that was saved with it. "
                 "Go back to an earlier checkpoint."
             )
-    if params is not None:
-        base = tree.flat(params)
-        leaves = {p: boxed_like(base, spec, p, x) for p, x in leaves.items()}
-    return spec.adapter(leaves)
+    return leaves
 
 
 def recover(path: str | os.PathLike[str]) -> None:

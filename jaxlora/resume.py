@@ -14,12 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxlora import tree
-from jaxlora.checkpoint import checksum, damaged, load_adapter, recover, save_adapter
+from jaxlora.checkpoint import (
+    checksum,
+    damaged,
+    load_adapter,
+    recover,
+    restored,
+    save_adapter,
+)
 from jaxlora.errors import CheckpointError, listing
 from jaxlora.train import TrainState
 
@@ -102,21 +108,7 @@ def load_state(
     wanted = _leaves(like)
     stored = tree.flat(ocp.StandardCheckpointHandler().metadata(epath.Path(final / _STATE)).tree)
     _check_stored(final, stored, wanted)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for p, x in stored.items()}
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restore = ocp.args.StandardRestore(tree.nested(target))
-            restored = checkpointer.restore(final, args=ocp.args.Composite(**{_STATE: restore}))
-    except Exception as e:
-        raise damaged(final, e) from e
-    leaves = {p: jnp.asarray(np.asarray(x)) for p, x in tree.items(restored[_STATE])}
-    for name, leaf in leaves.items():
-        if run["checksums"].get(name) != checksum(leaf):
-            raise CheckpointError(
-                f"{final} is damaged: {name} does not have the checksum that was saved with it. "
-                "Go back to an earlier checkpoint."
-            )
+    leaves = restored(final, _STATE, stored, run["checksums"])
     names, structure = _names(like.opt_state)
     return dataclasses.replace(
         like,

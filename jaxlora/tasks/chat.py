@@ -12,13 +12,12 @@ from jaxlora.rows import Row, read_rows
 from jaxlora.tasks.base import (
     Problem,
     Settings,
-    adapter_config,
     check_tokens,
     held_out,
     limited,
     load_model,
 )
-from jaxlora.tasks.language import INPUTS, counted, make_evaluate, make_loss
+from jaxlora.tasks.language import counted, language_problem, make_evaluate
 
 Message = Mapping[str, str]
 """{"role": "system", "user" or "assistant", "content": text}."""
@@ -69,23 +68,12 @@ class Chat(Settings):
 
     def problem(self, pretrained: Any) -> Problem:
         """The dialogues as tokens, the loss of the answers, and its perplexity."""
-        model, params, tokenizer = pretrained
-        (train, cut), (valid, cut_valid) = (
-            self._encoded(model, tokenizer, part) for part in self._split()
-        )
-        pad = {"input_ids": tokenizer.pad_token_id or 0}
-        return Problem(
-            train=pack(train, self.max_length, self.seed) if self.packing else train,
-            valid=valid,
-            pad=pad,
-            config=adapter_config(self, params),
-            inputs=INPUTS,
-            loss=make_loss(model, self.label_smoothing),
-            evaluate=make_evaluate(model, self.batch_size, pad),
-            metric="loss",
-            higher_is_better=False,
-            cut=cut + cut_valid,
-        )
+        model, _, tokenizer = pretrained
+        parts = [self._encoded(model, tokenizer, part) for part in self._split()]
+        found = language_problem(self, pretrained, *parts)
+        if not self.packing:
+            return found
+        return dataclasses.replace(found, train=pack(found.train, self.max_length, self.seed))
 
     def measure(self, trained: Any, data: str | None = None) -> tuple[dict[str, float], list[Any]]:
         """The loss and perplexity of the answers."""

@@ -13,6 +13,7 @@ from jaxlora.apply import lora_apply
 from jaxlora.batches import Batches, Example
 from jaxlora.errors import DataError
 from jaxlora.rows import Row
+from jaxlora.tasks.base import Problem, Settings, adapter_config
 
 INPUTS = (
     jax.ShapeDtypeStruct((1, 8), jnp.int32),
@@ -83,6 +84,36 @@ def make_evaluate(model: Any, batch_size: int, pad: Any) -> Any:
         return {"loss": mean, "perplexity": float(np.exp(min(mean, 80.0)))}
 
     return evaluate
+
+
+def language_problem(
+    settings: Settings,
+    pretrained: Any,
+    train: tuple[Sequence[Example], int],
+    valid: tuple[Sequence[Example], int],
+) -> Problem:
+    """The problem of a causal model: the loss of the tokens that count, and its perplexity.
+
+    Args:
+      settings: those of the task.
+      pretrained: (model, params, tokenizer).
+      train: the examples, and how many of them were cut.
+      valid: the same to validate with.
+    """
+    model, params, tokenizer = pretrained
+    pad = {"input_ids": tokenizer.pad_token_id or 0}
+    return Problem(
+        train=train[0],
+        valid=valid[0],
+        pad=pad,
+        config=adapter_config(settings, params),
+        inputs=INPUTS,
+        loss=make_loss(model, settings.label_smoothing),
+        evaluate=make_evaluate(model, settings.batch_size, pad),
+        metric="loss",
+        higher_is_better=False,
+        cut=train[1] + valid[1],
+    )
 
 
 def _length(example: Example) -> int:

@@ -14,12 +14,11 @@ from jaxlora.rows import Row, read_rows, text_of
 from jaxlora.tasks.base import (
     Problem,
     Settings,
-    adapter_config,
     check_tokens,
     limited,
     load_model,
 )
-from jaxlora.tasks.language import INPUTS, counted, make_evaluate, make_loss
+from jaxlora.tasks.language import counted, language_problem, make_evaluate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,23 +74,9 @@ class Nlg(Settings):
 
     def problem(self, pretrained: Any) -> Problem:
         """The rows as tokens, the smoothed loss of the texts, and its perplexity."""
-        model, params, tokenizer = pretrained
-        (train, cut), (valid, cut_valid) = (
-            self._encoded(model, tokenizer, part) for part in self._split()
-        )
-        pad = {"input_ids": tokenizer.pad_token_id or 0}
-        return Problem(
-            train=train,
-            valid=valid,
-            pad=pad,
-            config=adapter_config(self, params),
-            inputs=INPUTS,
-            loss=make_loss(model, self.label_smoothing),
-            evaluate=make_evaluate(model, self.batch_size, pad),
-            metric="loss",
-            higher_is_better=False,
-            cut=cut + cut_valid,
-        )
+        model, _, tokenizer = pretrained
+        parts = [self._encoded(model, tokenizer, part) for part in self._split()]
+        return language_problem(self, pretrained, *parts)
 
     def measure(self, trained: Any, data: str | None = None) -> tuple[dict[str, float], list[Any]]:
         """Loss and perplexity of the texts; BLEU, chrF, NIST, ROUGE-L and CIDEr of generated ones.
