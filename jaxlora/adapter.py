@@ -118,7 +118,7 @@ class SavedLeaf:
         return jnp.asarray(base).at[at].set(leaf.astype(base.dtype))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Spec:
     """The static part of an adapter: it is hashable, and equal specs share one compiled program.
 
@@ -138,6 +138,18 @@ class Spec:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other or not isinstance(other, Spec) or self._hash != other._hash:
+            return self is other
+        for name in ("config", "sites", "saved"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not theirs:
+                if mine != theirs:
+                    return False
+                # Equal values become one, so that the next call of a jitted function is fast.
+                object.__setattr__(other, name, mine)
+        return True
 
     @functools.cached_property
     def leaf_shapes(self) -> dict[str, tuple[int, ...]]:

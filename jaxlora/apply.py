@@ -8,6 +8,7 @@ function closed over an interceptor from outside would be cached with or without
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -166,13 +167,13 @@ def _constant(x: Any) -> Any:
 
 def _adapted(factors: Factors, linear: Linear, y: Array, module: nn.Module, calls: int) -> Array:
     """The output of a layer with its update."""
-    site = factors.site
+    site, drop = factors.site, None
     if factors.key is not None and not linear.lookup:
         mask_key = _mask_key(factors, factors.key, module, calls)
-        linear = dataclasses.replace(linear, x=dropped(mask_key, factors.dropout, linear.x))
+        drop = functools.partial(dropped, mask_key, factors.dropout)
     core = {part: _core(site, part, leaf) for part, leaf in factors.leaves.items()}
     found = [Term(sign, a, site.layout.spread(b)) for sign, a, b in terms(core)]
-    low, *start = (branch(site, linear, term.a, term.b, y.dtype) for term in found)
+    low, *start = (branch(site, linear, term.a, term.b, y.dtype, drop) for term in found)
     for other in start:
         low = low - other
     if not site.dora:

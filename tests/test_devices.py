@@ -73,8 +73,34 @@ SHARDED = """
     same(jl.merge(kernels["params"], four.adapter), jl.merge(variables["params"], one.adapter))
 """
 
+SEQUENCES = """
+    import re
+    import flax.linen as nn
 
-@pytest.mark.parametrize("way", [PMAP, SHARDED], ids=["pmap", "jit_sharded"])
+    class Mlp(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(16, name="down")(nn.gelu(nn.Dense(32, name="up")(x)))
+
+    model, x = Mlp(), jax.random.normal(jax.random.key(5), (4, 32, 16))
+    variables = model.init(jax.random.key(0), x)
+    adapter = jl.lora_init(jax.random.key(1), model, variables, jl.LoraConfig(rank=2), x)
+    def gradient(adapter, variables, x):
+        return jax.grad(lambda a: jnp.mean(jl.lora_apply(model, variables, a, x) ** 2))(adapter)
+    mesh = jax.make_mesh((2, 2), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
+    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data", "seq"))
+    step = jax.jit(gradient, in_shardings=(whole, whole, rows), out_shardings=whole)
+    text = step.lower(adapter, variables, x).compile().as_text()
+    collectives = r" (all-gather|all-to-all|collective-permute|all-reduce)"
+    assert set(re.findall(collectives, text)) == {"all-reduce"}, text
+    found = step(adapter, variables, jax.device_put(x, rows))
+    same(found, jax.jit(gradient)(adapter, variables, x))
+"""
+
+WAYS = {"pmap": PMAP, "jit_sharded": SHARDED, "sharded_sequences_stay_where_they_are": SEQUENCES}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_four_devices_train_as_one(way):
     script = textwrap.dedent(SETUP) + textwrap.dedent(way)
     root = Path(__file__).parent.parent

@@ -22,6 +22,7 @@ ORDER = [
     "adapter",
     "quantize",
     "layers",
+    "tokens",
     "branch",
     "dora",
     "fold",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ from jaxlora.tasks import chat as chat_task
 from jaxlora.tasks import classify as classify_task
 from jaxlora.tasks import nlg as nlg_task
 from jaxlora.tasks.base import adapter_config, check_tokens, limited
-from jaxlora.tasks.language import counted, token_losses
+from jaxlora.tasks.language import counted, summed_losses
 from jaxlora.tasks.launch import from_dict, to_dict
 from tests import tiny
 
@@ -118,19 +119,24 @@ def test_class_loss_leaves_rows_of_weight_zero_out(smoothing):
     np.testing.assert_allclose(loss, expected, 1e-6)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_token_losses_count_what_the_mask_says(smoothing):
-    logits = jax.random.normal(jax.random.key(0), (2, 3, 5))
+def test_the_losses_that_count_are_those_of_masked_tokens_given_the_ones_before():
+    class Model(nn.Module):
+        """The loss of label i at place t is 100 i + 10 t, in a row of weight one or zero."""
+
+        @nn.compact
+        def __call__(self, ids, mask, labels, label_smoothing):
+            assert ids.shape == mask.shape
+            assert label_smoothing == 0.1
+            return 100.0 * labels + 10.0 * jnp.arange(3)
+
     batch = {
         "input_ids": jnp.array([[1, 2, 3], [4, 0, 1]]),
-        "loss_mask": jnp.array([[0, 0, 1], [0, 1, 1]]),
+        "attention_mask": jnp.ones((2, 3), int),
+        "loss_mask": jnp.array([[1, 0, 1], [0, 1, 1]]),
         "weight": jnp.array([1.0, 0.0]),
     }
-    logs = np.asarray(jax.nn.log_softmax(logits))[0, 1]
-    expected = -(1 - smoothing) * logs[3] - smoothing * logs.mean()
-    total, count = token_losses(logits, batch, smoothing)
-    np.testing.assert_allclose(total, expected, 1e-5)
-    assert count == 1
+    total, count = summed_losses(Model(), None, {"params": {}}, batch, label_smoothing=0.1)
+    assert (float(total), float(count)) == (310.0, 1.0)
 
 
 @pytest.mark.parametrize("template", [tiny.TEMPLATE, None])
@@ -179,8 +185,7 @@ def test_packed_dialogues_have_the_loss_of_padded_ones(folders, settings):
     losses = []
     for examples in (problem.train, rows):
         batch = Batches(examples, len(examples), lengths=(64,))[0]
-        inputs = [batch.get(n) for n in ("input_ids", "attention_mask", "position_ids")]
-        losses.append(token_losses(model.apply({"params": params}, *inputs), batch))
+        losses.append(summed_losses(model, None, {"params": params}, batch))
     np.testing.assert_allclose(losses[0], losses[1], 1e-5)
 
 

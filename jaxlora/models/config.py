@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxlora.branch import LOW
 from jaxlora.errors import ConfigError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -21,6 +22,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": nn.tanh,
 }
 """The activations by Hugging Face's names: "gelu" is exact, the other two are tanh."""
+REMAT = {
+    True: None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "lora": jax.checkpoint_policies.save_only_these_names(LOW),
+}
+"""The checkpoint policies by the values of `remat`."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """The fields of config.json that tell special tokens."""
 
@@ -34,7 +41,9 @@ class ModelConfig:
       param_dtype: dtype of the params.
       scan_layers: run the layers by `nn.scan`: one compiled layer, params stacked on axis 0 under
         the layers' name without a number.
-      remat: compute each layer's activations again in the backward pass instead of keeping them.
+      remat: compute each layer's activations again in the backward pass instead of keeping them:
+        True, or a name of `REMAT` for what is kept all the same: "dots", the products with kernels,
+        or "lora", the adapters' `A x`.
       attention: the implementation of `jax.nn.dot_product_attention`: "xla", "cudnn" (flash
         attention, on GPUs that have it) or None, which leaves the choice to jax. Dropout of the
         attention weights, and DeBERTa, need the weights themselves and are always "xla".
@@ -45,7 +54,7 @@ class ModelConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
-    remat: bool = False
+    remat: bool | Literal["dots", "lora"] = False
     attention: Literal["xla", "cudnn"] | None = None
 
     bos_token_id: Any = None
@@ -151,6 +160,8 @@ def check_field(field: dataclasses.Field[Any], value: Any) -> None:
         raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(ACTIVATIONS)}.")
     elif name == "attention" and value not in (None, "xla", "cudnn"):
         raise ConfigError(f"attention is {value!r}, expected 'xla', 'cudnn' or None.")
+    elif name == "remat" and value is not False and value not in REMAT:
+        raise ConfigError(f"remat is {value!r}, expected True, False, 'dots' or 'lora'.")
 
 
 def check_divides(config: ModelConfig, whole: str, parts: str) -> None:

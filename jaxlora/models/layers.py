@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlora.errors import ConfigError, ModelError
 from jaxlora.models.cache import Slice
-from jaxlora.models.config import ModelConfig
+from jaxlora.models.config import REMAT, ModelConfig
 
 Array = jax.Array
 
@@ -127,7 +127,7 @@ def run_layers(
       The output of the last layer, and the layers' keys and values, tuple or stacked as they came.
     """
     if c.remat:  # inside a scan there is nothing to share with, so no barrier is needed
-        layer = nn.remat(layer, prevent_cse=not c.scan_layers)
+        layer = nn.remat(layer, prevent_cse=not c.scan_layers, policy=REMAT[c.remat])
     if not c.scan_layers:
         out = []
         for n in range(c.num_layers):

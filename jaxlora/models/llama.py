@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.errors import ConfigError
-from jaxlora.models import layers
+from jaxlora.models import head, layers
 from jaxlora.models.cache import Cache, View, empty, extend, view
 from jaxlora.models.config import ACTIVATIONS, ModelConfig, check_divides
 from jaxlora.models.names import Names
@@ -267,6 +267,8 @@ class LlamaForCausalLM(nn.Module):
         *,
         cache: Cache | None = None,
         last: int | None = None,
+        labels: Array | None = None,
+        label_smoothing: float = 0.0,
         deterministic: bool = True,
     ) -> Any:
         """Logits (batch, seq, vocab) of the config's dtype; inputs as in `Llama`.
@@ -277,10 +279,14 @@ class LlamaForCausalLM(nn.Module):
           position_ids: integers (batch or 1, seq) or None.
           cache: what was seen before, or None.
           last: give the logits of only so many tokens at the end.
+          labels: integers (batch, seq): give the loss of each instead, in float32, without holding
+            all the logits of a large vocabulary.
+          label_smoothing: of these losses, in [0, 1).
           deterministic: False turns dropout on.
 
         Returns:
-          The logits; with a cache, the logits and the cache with these tokens in it.
+          The logits; with labels the losses (batch, seq); with a cache, the logits and the cache
+          with these tokens in it.
         """
         c = self.config
         decoder = Llama(c, name="model")
@@ -289,9 +295,12 @@ class LlamaForCausalLM(nn.Module):
         )
         x = x if last is None else x[:, -last:]  # (batch, last, hidden)
         if c.tie_word_embeddings:
-            logits = decoder.embed_tokens.attend(x)
+            read = decoder.embed_tokens
         else:
-            logits = layers.dense(c, c.vocab_size, "lm_head", use_bias=False)(x)
+            read = layers.dense(c, c.vocab_size, "lm_head", use_bias=False)
+        if labels is not None:
+            return head.losses(read, x, labels, c.vocab_size, label_smoothing)
+        logits = head.logits(read, x)  # (batch, last, vocab)
         return logits if cache is None else (logits, new)
 
     def empty_cache(self, batch: int, length: int) -> Cache:

@@ -39,7 +39,7 @@ def from_pretrained(
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     scan_layers: bool = False,
-    remat: bool = False,
+    remat: Any = False,
     attention: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     specs: Specs | None = None,
@@ -63,7 +63,7 @@ def from_pretrained(
       dtype: dtype of the computation.
       param_dtype: dtype of the params.
       scan_layers: run the layers by `nn.scan`, their params stacked.
-      remat: compute each layer's activations again in the backward pass.
+      remat: compute each layer's activations again in the backward pass, as `ModelConfig.remat`.
       attention: implementation of the attention, as `ModelConfig.attention`.
       mesh: put the params on this mesh, whose axes are of type Auto.
       specs: how each leaf is sharded there; default: `default_specs`, over the mesh's axes "fsdp"

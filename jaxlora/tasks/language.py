@@ -1,13 +1,11 @@
 """What the tasks of causal models share: the loss on chosen tokens, and its measure."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxlora.apply import lora_apply
 from jaxlora.batches import Batches, Example
@@ -22,55 +20,47 @@ INPUTS = (
 """Shapes of a causal model's inputs, to plan with."""
 
 
-def token_losses(
-    logits: jax.Array, batch: Any, label_smoothing: float = 0.0
+def summed_losses(
+    model: Any, adapter: Any, variables: Any, batch: Any, **kwargs: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The summed loss of the tokens that count, and their number.
 
-    A token counts where `loss_mask` is one; it is predicted from the tokens before it. With label
-    smoothing s the loss is (1 - s) times that of the token and s times the mean over all tokens.
+    A token counts where `loss_mask` is one; it is predicted from the tokens before it.
 
     Args:
-      logits: (batch, seq, vocab).
-      batch: `input_ids` and `loss_mask` of (batch, seq), and `weight` of (batch,).
-      label_smoothing: s, in [0, 1).
+      model: a causal model.
+      adapter: an adapter, or None for the base.
+      variables: the base's.
+      batch: `input_ids` and `loss_mask` of (batch, seq), `weight` of (batch,), and further inputs.
+      **kwargs: for the model, such as `label_smoothing`.
 
     Returns:
       Two float32 scalars.
     """
-    logits = logits[:, :-1].astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["input_ids"][:, 1:])
-    if label_smoothing:
-        mean = jax.nn.logsumexp(logits, -1) - jnp.mean(logits, -1)
-        losses = (1 - label_smoothing) * losses + label_smoothing * mean
-    counts = batch["loss_mask"][:, 1:] * batch["weight"][:, None]
-    return jnp.sum(losses * counts), jnp.sum(counts)
-
-
-def logits_of(model: Any, adapter: Any, variables: Any, batch: Any, **kwargs: Any) -> jax.Array:
-    """(batch, seq, vocab); an adapter of None gives the base's."""
     names = ("input_ids", "attention_mask", "position_ids")
     inputs = [batch[name] for name in names if name in batch]
+    kwargs["labels"] = jnp.roll(batch["input_ids"], -1, 1)
     if adapter is None:
-        return model.apply(variables, *inputs, **kwargs)
-    return lora_apply(model, variables, adapter, *inputs, **kwargs)
+        losses = model.apply(variables, *inputs, **kwargs)
+    else:
+        losses = lora_apply(model, variables, adapter, *inputs, **kwargs)
+    counts = batch["loss_mask"][:, 1:] * batch["weight"][:, None]
+    return jnp.sum(losses[:, :-1] * counts), jnp.sum(counts)
 
 
 def make_loss(model: Any, label_smoothing: float) -> Any:
     """`(adapter, variables, batch, key) -> mean loss of the tokens that count`."""
+    options = {"label_smoothing": label_smoothing, "deterministic": False}
 
     def loss(adapter: Any, variables: Any, batch: Any, key: jax.Array) -> jax.Array:
-        kwargs = {"rngs": {"dropout": key}, "deterministic": False}
-        logits = logits_of(model, adapter, variables, batch, **kwargs)
-        total, count = token_losses(logits, batch, label_smoothing)
+        rngs = {"dropout": key}
+        total, count = summed_losses(model, adapter, variables, batch, rngs=rngs, **options)
         return total / jnp.maximum(count, 1.0)
 
     return loss
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sums(model: Any, adapter: Any, variables: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-    return token_losses(logits_of(model, adapter, variables, batch), batch)
+_sums = jax.jit(summed_losses, static_argnums=0)
 
 
 def make_evaluate(model: Any, batch_size: int, pad: Any) -> Any:

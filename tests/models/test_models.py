@@ -219,8 +219,8 @@ def test_matches_torch(ref, scan_layers):
 
 @pytest.mark.parametrize(
     "options",
-    [{"remat": True}, {"scan_layers": True, "remat": True}],
-    ids=["remat", "scan_remat"],
+    [{"remat": True}, {"remat": "lora"}, {"scan_layers": True, "remat": "dots"}],
+    ids=["remat", "remat_lora", "scan_remat_dots"],
 )
 def test_remat_and_scan_keep_the_gradients(one, options):
     out, gradient = outputs_and_gradient(one, **options)

@@ -1,0 +1,106 @@
+"""The product of tokens with a factor, and how its gradient takes the axes of the tokens."""
+
+import contextlib
+import contextvars
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jaxlora.errors import ConfigError
+
+Array = jax.Array
+_TOKENS: contextvars.ContextVar[str] = contextvars.ContextVar("tokens", default="auto")
+
+
+@contextlib.contextmanager
+def token_axes(way: str) -> Iterator[None]:
+    """Within it, the gradients of factors are traced one way, for those who measure themselves.
+
+    Args:
+      way: "flat": tokens are flattened to one axis, the fastest where no axis but the first is
+        sharded. "apart": the first axis is kept apart, so that a sharded sequence stays where it
+        is. "auto": flat on one device, apart on several where sequences are long beside the rank.
+
+    Raises:
+      ConfigError: another word.
+
+    Example:
+      >>> from jaxlora.tokens import token_axes
+      >>> with token_axes("flat"):
+      ...     pass  # trace the training step here
+    """
+    if way not in ("auto", "flat", "apart"):
+        raise ConfigError(f"token_axes is {way!r}, expected 'auto', 'flat' or 'apart'.")
+    token = _TOKENS.set(way)
+    try:
+        yield
+    finally:
+        _TOKENS.reset(token)
+
+
+def product(batch: int, kind: str, precision: Any, x: Array, w: Array) -> Array:
+    """The product of tokens with a factor, with a gradient of the factor that XLA runs fast.
+
+    Autodiff's contracts several axes of tokens at once, for which XLA copies both operands into
+    another order: a 6-layer decoder's step takes 1.2 times full fine-tuning's (CPU). With the
+    tokens flattened to one axis it takes 0.68, but a sharded sequence is gathered for that. So with
+    several devices the first axis of tokens stands apart, the others are contracted, and the
+    products are summed: no collective but the sum over tokens, and as fast at rank 8 (at rank 64
+    and 128 tokens a row 1.1 times the step). `token_axes` chooses by hand.
+
+    Args:
+      batch: the number of leading axes that x and w share (experts).
+      kind: "ri": x holds inputs i and w is A. "ro": x holds ranks r and w is B.
+      precision: as for `jax.lax.dot_general`.
+      x: (*batch, *tokens, inputs or rank).
+      w: (*batch, rank, inputs or outputs).
+
+    Returns:
+      (*batch, *tokens, rank or outputs).
+    """
+    shared, tokens = x.shape[:batch], x.shape[batch:-1]
+    rest = math.prod(tokens[1:])
+    way = _TOKENS.get()
+    if way == "auto":
+        # Apart holds `rank` rows for each item of the first axis: few beside its own tokens.
+        way = "apart" if jax.device_count() > 1 and rest >= 8 * w.shape[batch] else "flat"
+    apart = way == "apart" and len(tokens) > 1
+    seen = (tokens[0], rest) if apart else (math.prod(tokens),)
+    run = _apart if apart else _dot
+    y = run(batch, kind, precision, x.reshape(*shared, *seen, x.shape[-1]), w)
+    return y.reshape(*shared, *tokens, y.shape[-1])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _apart(batch: int, kind: str, precision: Any, x: Array, w: Array) -> Array:
+    """The product of (*batch, first, rest, …) with a factor (*batch, …, …)."""
+    return _dot(batch, kind, precision, x, w)
+
+
+@functools.partial(_apart.defjvp, symbolic_zeros=True)
+def _apart_jvp(
+    batch: int, kind: str, precision: Any, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+) -> tuple[Array, Any]:
+    (x, w), (dx, dw) = primals, tangents
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(_apart(batch, kind, precision, dx, w))
+    if not isinstance(dw, SymbolicZero):
+        # Of a broadcast factor each slice has a gradient of its own: what is summed at the end.
+        each = jnp.broadcast_to(
+            jnp.expand_dims(dw, batch), (*dw.shape[:batch], x.shape[batch], *dw.shape[batch:])
+        )
+        terms.append(_dot(batch + 1, kind, precision, x, each))
+    y = _apart(batch, kind, precision, x, w)
+    return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
+
+
+def _dot(batch: int, kind: str, precision: Any, x: Array, w: Array) -> Array:
+    contracted = ((x.ndim - 1,), (batch + (kind == "ri"),))
+    shared = (tuple(range(batch)),) * 2
+    return jax.lax.dot_general(x, w, (contracted, shared), precision=precision)
