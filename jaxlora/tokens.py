@@ -69,9 +69,9 @@ def product(batch: int, kind: str, precision: Any, x: Array, w: Array) -> Array:
     if way == "auto":
         # Apart holds `rank` rows for each item of the first axis: few beside its own tokens.
         way = "apart" if jax.device_count() > 1 and rest >= 8 * w.shape[batch] else "flat"
-    apart = way == "apart" and len(tokens) > 1
-    seen = (tokens[0], rest) if apart else (math.prod(tokens),)
-    run = _apart if apart else _dot
+    run, seen = _dot, (math.prod(tokens),)
+    if way == "apart" and len(tokens) > 1:
+        run, seen = _apart, (tokens[0], rest)
     y = run(batch, kind, precision, x.reshape(*shared, *seen, x.shape[-1]), w)
     return y.reshape(*shared, *tokens, y.shape[-1])
 
@@ -102,5 +102,5 @@ def _apart_jvp(
 
 def _dot(batch: int, kind: str, precision: Any, x: Array, w: Array) -> Array:
     contracted = ((x.ndim - 1,), (batch + (kind == "ri"),))
-    shared = (tuple(range(batch)),) * 2
-    return jax.lax.dot_general(x, w, (contracted, shared), precision=precision)
+    shared = tuple(range(batch))
+    return jax.lax.dot_general(x, w, (contracted, (shared, shared)), precision=precision)

@@ -1,5 +1,7 @@
 """The losses of a causal model, whole or in pieces of the sequence."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,8 @@ from jaxlora import models
 from jaxlora.errors import ConfigError
 from jaxlora.models import head
 
-SMALL = {"vocab_size": 23, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-MODELS = {
+SMALL: Any = {"vocab_size": 23, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+MODELS: Any = {
     "llama": models.LlamaForCausalLM(models.LlamaConfig(**SMALL, num_attention_heads=2)),
     "gpt2": models.GPT2LMHeadModel(models.GPT2Config(vocab_size=23, n_embd=8, n_layer=1, n_head=2)),
 }
@@ -76,5 +78,6 @@ def test_no_array_of_all_the_logits_is_made_or_kept(monkeypatch):
 
 
 def test_a_remat_that_is_none_is_an_error():
+    bad: Any = "all"
     with pytest.raises(ConfigError, match=r"remat is 'all', expected True, False, 'dots' or"):
-        models.LlamaConfig(**SMALL, num_attention_heads=2, remat="all")
+        models.LlamaConfig(**SMALL, num_attention_heads=2, remat=bad)
