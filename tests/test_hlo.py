@@ -11,7 +11,7 @@ from benchmarks import hlo
 
 def compiled(fn, *shapes):
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return jax.jit(fn).lower(*args).compile() or ""
+    return jax.jit(fn).lower(*args).compile().as_text() or ""
 
 
 def test_the_example_runs():
