@@ -204,9 +204,10 @@ def to_torch(
         core[part] = full if layer is None else full[layer]
     found = terms(core)
     if grouped and layout.blocks:
-        a, b = joined(found, 0)
-        b = jnp.swapaxes(b.reshape(sum(layout.blocks), -1, layout.block_outputs), 1, 2)
-        return {"a": np.asarray(a).reshape(len(a), -1), "b": np.asarray(b).reshape(-1, b.shape[-1])}
+        blocks = (sum(layout.blocks), site.rank, -1)  # the terms' rows of a block side by side
+        a, b = joined([Term(t.sign, t.a.reshape(blocks), t.b.reshape(blocks)) for t in found], 1)
+        a, b = np.asarray(a), np.asarray(jnp.swapaxes(b, 1, 2))
+        return {"a": a.reshape(-1, a.shape[-1]), "b": b.reshape(-1, b.shape[-1])}
     a, b = joined([Term(term.sign, term.a, layout.spread(term.b)) for term in found], 0)
     parts = {"a": np.asarray(a), "b": np.asarray(b).reshape(len(b), -1).T}
     if is_conv(site):
