@@ -163,7 +163,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def made(model, variables, *inputs, **options):
     """An adapter with leaves of all different numbers, the frozen ones too."""
-    config = jl.LoraConfig(**({"rank": 2, "alpha": 3} | options))
+    fields: dict[str, Any] = {"rank": 2, "alpha": 3} | options
+    config = jl.LoraConfig(**fields)
     spec = jl.plan(model, jax.eval_shape(lambda: variables), config, *inputs).spec
     draw = np.random.default_rng(0)
     shapes = spec.leaf_shapes | spec.frozen_shapes
