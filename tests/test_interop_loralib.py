@@ -257,6 +257,16 @@ def test_a_dtype_that_is_asked_for(loaded):
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_doubles_become_floats_unless_jax_has_doubles(loaded, tmp_path):
+    model, variables = loaded("roberta")
+    doubles = {name: x.astype(np.float64) for name, x in pair(Q).items()}
+    file = torch_zip.write(tmp_path / "lora.pt", doubles)
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            found = loralib.load(file, model, variables, alpha=3)
+        assert {str(x.dtype) for x in jax.tree.leaves(found)} == {"float64" if wide else "float32"}
+
+
 ONES = np.ones((2, 16), np.float32)
 Q, V = (f"roberta.encoder.layer.0.attention.self.{name}" for name in ("query", "value"))
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -62,7 +63,7 @@ def load(
       fused: {pattern: mask} of the layers that are a `MergedLinear`, its `enable_lora`, as in
         `LoraConfig`. Not needed where all blocks are adapted.
       names: the model's names in torch, as for `interop.factors.names_of`.
-      dtype: the dtype of the leaves; default: that of the file's factors.
+      dtype: the dtype of the leaves; default: that of the file's factors, as wide as jax allows.
 
     Returns:
       The adapter. A convolution keeps its rank r where its factors allow it, as those that `save`
@@ -267,7 +268,7 @@ def _dtype(found: State, file: Any) -> Any:
     other = [x.name for x in dtypes if not jnp.issubdtype(x, jnp.floating)]
     if other:
         raise CheckpointError(f"{file} has factors of dtype {listing(other)}, expected floats.")
-    return functools.reduce(jnp.promote_types, dtypes)
+    return jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, dtypes))
 
 
 def _config(
