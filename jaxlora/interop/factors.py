@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora import tree
 from jaxlora.adapter import SavedLeaf, Site, Spec
 from jaxlora.errors import AdapterError, ConfigError, listing, nearest
 from jaxlora.fold import Term, joined, terms
@@ -29,6 +31,14 @@ class Place(NamedTuple):
 
     site: Site
     layer: int | None
+
+
+class BaseLeaf(NamedTuple):
+    """Where a tensor of torch is in the base, and how many axes it has for one layer."""
+
+    path: str
+    layer: int | None
+    ndim: int
 
 
 class SavedPlace(NamedTuple):
@@ -144,6 +154,57 @@ def module_name(names: Names, path: str) -> str | None:
     """Torch's name of the module that holds a kernel, `{}` for a stack's layer, or None."""
     module = names.torch_name(path.rpartition("/")[0])
     return module if module is not None else names.modules.get(path)
+
+
+def base_tensors(params: Any, names: Names) -> dict[str, BaseLeaf]:
+    """The tensors that a base has in torch.
+
+    Args:
+      params: the base; ShapeDtypeStructs will do.
+      names: the model's table. Leaves without a name there are left out; a stack of layers is
+        taken to be along the first axis.
+
+    Returns:
+      {torch's name of the tensor: leaf}.
+    """
+    found: dict[str, BaseLeaf] = {}
+    for path, leaf in tree.items(params):
+        shape = tree.aval(leaf).shape
+        name = names.torch_name(path)
+        if name is None and (module := module_name(names, path)) is not None:
+            name = f"{module}.weight"
+        if name is None:
+            continue
+        if "{}" in name:
+            for n in range(shape[0]):
+                found[name.format(n)] = BaseLeaf(path, n, len(shape) - 1)
+        else:
+            found[name] = BaseLeaf(path, None, len(shape))
+    return found
+
+
+def known_params(model: Any) -> Any:
+    """The abstract params of a model of `jaxlora.models`, or None of any other."""
+    try:
+        example = architecture_of(model).example(model.config)
+    except ConfigError:
+        return None
+    return jax.eval_shape(model.init, jax.random.key(0), example)["params"]
+
+
+def tied_head(model: Any) -> tuple[str, str] | None:
+    """Torch's names of a table and of the head that reads it too, of a model of `jaxlora.models`.
+
+    Torch's head is a module of its own, which shares its weight with the table and nothing else.
+    """
+    try:
+        arch = architecture_of(model)
+    except ConfigError:
+        return None
+    if type(model) is not arch.heads.get("lm") or not model.config.tie_word_embeddings:
+        return None
+    table = next(n for n in arch.names.modules.values() if n in ("wte", "embed_tokens"))
+    return f"{arch.names.base}.{table}", "lm_head"
 
 
 def is_conv(site: Site) -> bool:
