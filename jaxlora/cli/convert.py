@@ -31,7 +31,7 @@ class Convert:
     to: Literal["peft", "vllm", "orbax", "loralib", "safetensors", "merged-hf"]
     """What to write."""
     base: str | None = None
-    """The model that it adapts, where the source names none: of `jaxlora fetch`, a folder, an id."""
+    """The model, where the source names none: a name of `jaxlora fetch`, a folder or a hub id."""
     head: Literal["lm", "classification", "token", "embedding", "none"] | None = None
     """The head to give that model; default: as the source tells, or the first that it has."""
     alpha: float | None = None
@@ -68,7 +68,9 @@ def run(argv: Sequence[str]) -> int:
     show.line(f"{target}: {size / 1e6:.2f} MB")
     if options.to == "loralib":
         spec = found.adapter.spec
-        show.line(f"alpha is not in the file: lora_alpha={spec.config.alpha:g}, r as the shapes are")
+        show.line(
+            f"alpha is not in the file: lora_alpha={spec.config.alpha:g}, r as the shapes are"
+        )
     return 0
 
 

@@ -1,21 +1,21 @@
 """The forms that an adapter has on disk: how each is told, read and written. One table, `FORMS`."""
 
 import dataclasses
-import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxlora import models, runs
 from jaxlora.adapter import Adapter
 from jaxlora.checkpoint import load_adapter, save_adapter
-from jaxlora.errors import AdapterError, CheckpointError, ConfigError, listing
+from jaxlora.errors import CheckpointError, ConfigError, listing
 from jaxlora.interop import loralib, loralib_state, peft, safetensors
-from jaxlora.interop.tensors import read_tensors
+from jaxlora.interop.peft_config import FILE as CONFIG
+from jaxlora.interop.peft_config import read_config
+from jaxlora.interop.tensors import PICKLE, SAFETENSORS, read_tensors
 from jaxlora.merge import merge
 from jaxlora.models import hub
 from jaxlora.tasks import load_run
@@ -24,7 +24,7 @@ from jaxlora.tasks.base import pretrained
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to read and write, and what a source does not tell. The fields are flags of `convert`."""
+    """What to read and write, and what a source does not tell: flags of `jaxlora convert`."""
 
     source: str
     target: str
@@ -100,7 +100,7 @@ def detect(source: str) -> str:
 
 def _run(request: Request) -> Found:
     trained = load_run(request.source, request.checkpoint)
-    classes = list(getattr(trained.settings, "classes", ())) or None
+    classes: Any = list(getattr(trained.settings, "classes", ())) or None
     name = str(getattr(trained.settings, "model", request.source))
     return Found(
         trained.adapter, Base(name, trained.model, trained.params, trained.tokenizer, classes)
@@ -108,7 +108,7 @@ def _run(request: Request) -> Found:
 
 
 def _native(load: Callable[..., Adapter]) -> Callable[[Request], Found]:
-    """A reader of a form that holds the whole spec: it needs no base, and checks one that is given."""
+    """A reader of a form that holds the whole spec; a base is checked if it is given."""
 
     def read(request: Request) -> Found:
         adapter = load(request.source)
@@ -122,15 +122,14 @@ def _native(load: Callable[..., Adapter]) -> Callable[[Request], Found]:
 
 
 def _peft(request: Request) -> Found:
-    files = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-    folder = hub.resolve(request.source, files=files, holds=" and ".join(files[:2]))
+    folder = hub.resolve(request.source, files=(CONFIG, SAFETENSORS, PICKLE), holds=CONFIG)
+    config = read_config(folder)
     shapes = {name: x.shape for name, x in read_tensors(folder).items()}
-    fields = hub.read_json(folder / files[0])
-    named = request.base or fields.get("base_model_name_or_path")
+    named = request.base or config.get("base_model_name_or_path")
     if not named:
         raise ConfigError(f"base is None, and {folder} names no base model. Pass --base.")
     heads = {"CAUSAL_LM": "lm", "SEQ_CLS": "classification", "TOKEN_CLS": "token"}
-    base = _base(request, named, shapes, 0, heads.get(str(fields.get("task_type"))))
+    base = _base(request, named, shapes, 0, heads.get(str(config.get("task_type"))))
     return Found(peft.load(folder, base.model, {"params": base.params}), base)
 
 
@@ -161,9 +160,7 @@ def _mask(text: str) -> tuple[str, tuple[bool, ...]]:
     return pattern, tuple(on == "1" for on in mask)
 
 
-def _base(
-    request: Request, name: str, shapes: Any, axis: int, head: str | None = None
-) -> Base:
+def _base(request: Request, name: str, shapes: Any, axis: int, head: str | None = None) -> Base:
     """Load the base; a head that the adapter brings has as many labels as there."""
     ends = r"(?:.*[./])?(?:classifier|score)(?:[./]out_proj)?[./](?:weight|kernel|bias)"
     labels = [shape[axis] for path, shape in shapes.items() if re.fullmatch(ends, path)]
@@ -176,9 +173,7 @@ def _base(
 
 def _save_orbax(request: Request, found: Found) -> Path:
     params = None if found.base is None else found.base.params
-    return save_adapter(
-        request.target, found.adapter, params=params, overwrite=request.overwrite
-    )
+    return save_adapter(request.target, found.adapter, params=params, overwrite=request.overwrite)
 
 
 def _save_safetensors(request: Request, found: Found) -> Path:
@@ -221,7 +216,10 @@ def _save_merged(request: Request, found: Found) -> Path:
 
 def _starts(*starts: bytes) -> Callable[[Path], bool]:
     def detect(path: Path) -> bool:
-        return path.is_file() and path.open("rb").read(2).startswith(starts)
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(2).startswith(starts)
 
     return detect
 
@@ -235,7 +233,7 @@ FORMS = {
     "orbax": Form(
         "an Orbax checkpoint", _holds("adapter/metadata"), _native(load_adapter), _save_orbax
     ),
-    "peft": Form("a folder of PEFT", _holds("adapter_config.json"), _peft, _save_peft),
+    "peft": Form("a folder of PEFT", _holds(CONFIG), _peft, _save_peft),
     "safetensors": Form(
         "bare safetensors", safetensors.is_adapter, _native(safetensors.load), _save_safetensors
     ),

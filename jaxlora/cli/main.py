@@ -13,6 +13,7 @@ COMMANDS = {
     "merge": "fold a run's adapter into its model, as a Hugging Face folder",
     "generate": "continue prompts",
     "chat": "talk to a model, and switch its adapter",
+    "convert": "turn an adapter into another form: PEFT, vLLM, Orbax, loralib, safetensors",
     "inspect": "show a run, an adapter, or what of a model would be adapted",
     "fetch": "download the models and data that pip brings",
 }
