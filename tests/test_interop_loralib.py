@@ -38,27 +38,27 @@ NET = {name: name for name in ("embed", "wide", "grouped", "point", "out")}
 GRID = np.arange(24).reshape(2, 3, 4) % 7
 
 
+def read_model(folder, family, scan=False):
+    """The model of gpt2.npz or roberta.npz and its variables, through a folder."""
+    with np.load(REFERENCES / f"{family}.npz") as file:
+        parts = {k.removeprefix(f"{family}/"): file[k] for k in file.files}
+    own = {k.removeprefix("weights/"): v for k, v in parts.items() if k.startswith("weights/")}
+    folder = folder / f"{family}-{scan}"
+    folder.mkdir()
+    save_file({k: v.astype(np.float32) for k, v in own.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(str(parts["config"]))
+    head, more = ("lm", {}) if family == "gpt2" else ("classification", {"num_labels": 3})
+    options: Any = {"head": head, "scan_layers": scan, **more}
+    model, params, _ = models.from_pretrained(folder, **options)
+    return model, {"params": params}
+
+
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """(family, scan) -> model and variables."""
-    folders = {}
-    for family in ("gpt2", "roberta"):
-        folder = folders[family] = tmp_path_factory.mktemp(family)
-        with np.load(REFERENCES / f"{family}.npz") as file:
-            parts = {k.removeprefix(f"{family}/"): file[k] for k in file.files}
-        weights = {k.removeprefix("weights/"): v for k, v in parts.items() if "weights/" in k}
-        save_file({k: v.astype(np.float32) for k, v in weights.items() if "/" not in k},
-                  folder / "model.safetensors")  # fmt: skip
-        (folder / "config.json").write_text(str(parts["config"]))
-
-    @functools.cache
-    def load(family, scan=False):
-        head, more = ("lm", {}) if family == "gpt2" else ("classification", {"num_labels": 3})
-        options: Any = {"head": head, "scan_layers": scan, **more}
-        model, params, _ = models.from_pretrained(folders[family], **options)
-        return model, {"params": params}
-
-    return load
+    folder = tmp_path_factory.mktemp("models")
+    read_once = functools.cache(functools.partial(read_model, folder))
+    return lambda family, scan=False: read_once(family, scan)
 
 
 def file_of(family):

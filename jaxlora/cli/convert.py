@@ -65,12 +65,10 @@ def run(argv: Sequence[str]) -> int:
     target = FORMS[options.to].write(request, found)  # type: ignore[misc]
     files = [target] if target.is_file() else target.rglob("*")
     size = sum(file.stat().st_size for file in files if file.is_file())
-    show.line(f"{target}: {size / 1e6:.2f} MB")
+    show.line(f"{target}: {size / 1e3:,.1f} kB")
     if options.to == "loralib":
         spec = found.adapter.spec
-        show.line(
-            f"alpha is not in the file: lora_alpha={spec.config.alpha:g}, r as the shapes are"
-        )
+        show.line(f"loralib's lora_alpha is {spec.config.alpha:g}, which the file does not hold")
     return 0
 
 

@@ -51,7 +51,7 @@ def kinds():
 def drawn(module):
     """Fills the factors, of which one is zero at the start, and what else is trained."""
     for name, p in module.named_parameters():
-        if "lora_" in name or name.startswith("classifier"):
+        if "lora_" in name or name.startswith("classifier") or name == "out.bias":
             torch.nn.init.normal_(p, std=0.3)
 
 
@@ -83,9 +83,7 @@ def gpt2():
         old = block.attn.c_attn
         new = loralib.MergedLinear(16, 48, enable_lora=[True, False, True], **options)
         block.attn.c_attn = swapped(old, new)
-    drawn(model)
-    state = {f"module.{k}": v for k, v in loralib.lora_state_dict(model).items()}
-    return {"model_state_dict": state}, model(ids).logits
+    return model, ids
 
 
 def roberta():
@@ -95,9 +93,7 @@ def roberta():
         for name in ("query", "value"):
             new = loralib.Linear(16, 16, r=RANK, lora_alpha=ALPHA, merge_weights=False)
             setattr(attention, name, swapped(getattr(attention, name), new))
-    drawn(model)
-    head = {k: v for k, v in model.state_dict().items() if k.startswith("classifier")}
-    return loralib.lora_state_dict(model) | head, model(ids).logits
+    return model, ids
 
 
 class Net(torch.nn.Module):
@@ -117,25 +113,37 @@ class Net(torch.nn.Module):
 
 
 def net():
-    model, ids = Net(), torch.arange(24).reshape(2, 3, 4) % 7
-    drawn(model)
-    loralib.mark_only_lora_as_trainable(model, bias="lora_only")
-    trained = loralib.lora_state_dict(model, bias="lora_only")
-    base = {k: v for k, v in model.state_dict().items() if k not in trained}
-    return trained, model(ids), base | {"out.bias": torch.zeros(3)}
+    model = Net()
+    model.load_state_dict({"out.bias": torch.zeros(3)}, strict=False)
+    return model, torch.arange(24).reshape(2, 3, 4) % 7
+
+
+def published(family, model):
+    """What is saved of a trained model: a wrapped dict, one with a head, one with biases."""
+    if family == "net":
+        return loralib.lora_state_dict(model, bias="lora_only")
+    state = loralib.lora_state_dict(model)
+    if family == "gpt2":
+        return {"model_state_dict": {f"module.{k}": v for k, v in state.items()}}
+    return state | {k: v for k, v in model.state_dict().items() if k.startswith("classifier")}
+
+
+MODELS = {"gpt2": gpt2, "roberta": roberta, "net": net}
 
 
 def main(folder: str | Path = HERE, seed: str | int = 0):
     torch.manual_seed(int(seed))
     folder, numbers = Path(folder), {}
     torch.save(kinds(), folder / "torch_kinds.pt")
-    for make in (gpt2, roberta, net):
-        name = make.__name__
-        trained, outputs, *base = make()
-        torch.save(trained, folder / f"loralib_{name}.pt")
-        numbers[f"{name}/outputs"] = outputs.detach().numpy()
-        for key, x in (base[0] if base else {}).items():
-            numbers[f"{name}/base/{key}"] = x.detach().numpy()
+    for family, make in MODELS.items():
+        model, ids = make()
+        if family == "net":
+            base = {k: v.numpy().copy() for k, v in model.state_dict().items() if "lora_" not in k}
+            numbers |= {f"net/base/{k}": x for k, x in base.items()}
+        drawn(model)
+        torch.save(published(family, model), folder / f"loralib_{family}.pt")
+        outputs = model(ids)
+        numbers[f"{family}/outputs"] = getattr(outputs, "logits", outputs).detach().numpy()
     np.savez_compressed(folder / "loralib_files.npz", **numbers)
 
 
