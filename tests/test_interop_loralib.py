@@ -1,6 +1,8 @@
 """loralib's checkpoints: its own give its outputs, ours come back exactly, wrong ones say why."""
 
+import doctest
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from safetensors.numpy import save_file
 import jaxlora as jl
 from jaxlora import algebra, models, tree
 from jaxlora.errors import AdapterError, CheckpointError, ConfigError
-from jaxlora.interop import loralib, loralib_conv, torch_zip
+from jaxlora.interop import loralib, loralib_conv, safetensors, torch_zip, unpickle, whole
 from jaxlora.interop.loralib_state import read
 
 REFERENCES = Path(__file__).parent / "references"
@@ -351,6 +353,15 @@ def test_masks_that_are_not_in_the_file(loaded):
             loralib.load(file_of("gpt2"), model, variables, alpha=3, fused={"c_attn": mask})
 
 
+def test_buffers_that_are_saved_with_the_biases_are_passed_over(loaded, tmp_path):
+    model, variables = loaded("gpt2")
+    tensors = torch_zip.read(file_of("gpt2"))["model_state_dict"]
+    mask = {"module.transformer.h.0.attn.bias": np.ones((1, 1, 12, 12), np.float32)}
+    file = torch_zip.write(tmp_path / "lora.pt", tensors | mask)
+    found = loralib.load(file, model, variables, alpha=ALPHA, fused=QV)
+    assert_equal(found, loralib.load(file_of("gpt2"), model, variables, alpha=ALPHA, fused=QV))
+
+
 def test_what_the_file_may_hold_beside_tensors(tmp_path):
     file = torch_zip.write(tmp_path / "plain.pt", pair("module.fc") | {"module.fc.bias": ONES})
     state = read(file)
@@ -410,3 +421,10 @@ def test_no_file_no_alpha_no_names(loaded, tmp_path):
         loralib.load(file_of("roberta"), model, variables, alpha=0)
     with pytest.raises(ConfigError, match=r"The model is a Net, which has no table of names"):
         loralib.load(file_of("net"), *net(), GRID, alpha=3)
+
+
+@pytest.mark.parametrize("module", [loralib, loralib_conv, safetensors, torch_zip, unpickle, whole])
+def test_the_examples_run(module):
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    assert result.attempted or ">>>" not in inspect.getsource(module)

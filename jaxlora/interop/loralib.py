@@ -88,7 +88,7 @@ def load(
     base = tree.flat(base_params(model, variables))
     leaves = {path: tree.aval(x) for path, x in base.items()}
     inputs = inputs or (architecture_of(model).example(model.config),)
-    found = _bare(read(file), table, file)
+    found = _bare(read(file), table, _other(model), file)
     kernels, whole = _placed(leaves, table, found, file)
     dtype = _dtype(found, file) if dtype is None else dtype
     first = LoraConfig(rank=1, alpha=alpha, targets=kernels, param_dtype=dtype)
@@ -219,8 +219,17 @@ def _read_as(module: str, site: Site, own: Any, fused: Mapping[str, Any], alpha:
     return _Read(r, alpha, mask or (True,) * blocks, dict(own), r)
 
 
-def _bare(state: State, table: Names, file: Any) -> State:
+def _other(model: Any) -> str:
+    """A pattern of tensors that are no params: buffers whose name has "bias" in it."""
+    try:
+        return architecture_of(model).other
+    except ConfigError:
+        return r"(?!)"
+
+
+def _bare(state: State, table: Names, other: str, file: Any) -> State:
     """The state by names without the base's prefix, and without the layer within loralib's conv."""
+    state = State(state.factors, {n: x for n, x in state.whole.items() if not re.match(other, n)})
     factors = {table.bare(name): x for name, x in state.factors.items()}
     whole = {table.bare(name): x for name, x in state.whole.items()}
     inner = re.compile(r"(.+)\.conv\.(weight|bias)")
