@@ -141,11 +141,11 @@ def _opened(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
         raise CheckpointError(f"There is no file {path}, expected an adapter in safetensors.")
     text = _metadata(path).get(ABOUT)
     with _damage(path):
-        found = optional("safetensors", "").deserialize(path.read_bytes())
+        found = sorted(optional("safetensors", "").deserialize(path.read_bytes()))
     if text is None:
         raise CheckpointError(
             f"{path} is no adapter of jaxlora: its header has no '{ABOUT}'. It holds "
-            f"{listing(sorted(name for name, _ in found)) or 'nothing'}. A folder of PEFT is read "
+            f"{listing(name for name, _ in found) or 'nothing'}. A folder of PEFT is read "
             "by `jaxlora.interop.peft.load`."
         )
     if other := [f"{name} {x['dtype']}" for name, x in found if x["dtype"] not in _DTYPES]:
