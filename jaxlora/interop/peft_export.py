@@ -118,9 +118,10 @@ class Export:
         """Module names by their ends where these name all modules that they could, else whole."""
         ends: dict[str, set[str]] = {}
         for tensor in self.all_tensors:
-            module, _, leaf = tensor.rpartition(".")
-            if leaf == "weight":
+            module = tensor.rpartition(".")[0]
+            while module:  # a module of modules may have such an end as well
                 ends.setdefault(module.rpartition(".")[2], set()).add(module)
+                module = module.rpartition(".")[0]
         found = set()
         for name in self.modules:
             end = name.rpartition(".")[2]
@@ -159,8 +160,11 @@ def export(adapter: Adapter, model: Any, names: Names) -> Export:
     params = factors.known_params(model)
     known = [] if params is None else list(factors.base_tensors(params, names))
     tied = factors.tied_head(model)
-    if tied is not None and tied[0] in modules:
-        modules[tied[1]] = transposed(modules[tied[0]])
+    if tied is not None:  # the head is a module of its own there
+        if tied[0] in modules:
+            modules[tied[1]] = transposed(modules[tied[0]])
+        if f"{tied[0]}.weight" in saved:
+            saved[f"{tied[1]}.weight"] = saved[f"{tied[0]}.weight"].copy()
     biases = {
         name: x
         for name, x in saved.items()
@@ -171,7 +175,10 @@ def export(adapter: Adapter, model: Any, names: Names) -> Export:
     config = spec.config
     options = {
         "bias": (config.bias if config.bias != "none" else "all") if biases else "none",
-        "ensure_weight_tying": tied is not None and tied[0] in changed,
+        # PEFT knows the tie by the table's name: with another it would drop the head.
+        "ensure_weight_tying": tied is not None
+        and tied[0] in changed
+        and tied[0].endswith("embed_tokens"),
         "fan_in_fan_out": any(_stored_in_out(names, site.path) for site in spec.sites),
         "lora_dropout": config.dropout,
         "task_type": _task(model, whole),
