@@ -5,10 +5,8 @@ by check_peft.py there, in `make test-interop`.
 """
 
 import functools
-import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

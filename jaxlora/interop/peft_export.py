@@ -54,6 +54,7 @@ class Export:
       rows: {torch's module path: (row numbers, values)} of tables.
       all_tensors: the names of all tensors of the base, where they are known.
       options: fields of PEFT's config that do not follow from the others.
+      tied: whether the head reads a table that is changed.
     """
 
     modules: Mapping[str, Module]
@@ -62,6 +63,7 @@ class Export:
     rows: Mapping[str, tuple[tuple[int, ...], np.ndarray]]
     all_tensors: Collection[str]
     options: Mapping[str, Any]
+    tied: bool = False
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The tensors by PEFT's names."""
@@ -172,20 +174,19 @@ def export(adapter: Adapter, model: Any, names: Names) -> Export:
     }
     whole = {name: x for name, x in saved.items() if name not in biases}
     changed = {*modules, *rows, *(name.rpartition(".")[0] for name in whole)}
+    shared = tied is not None and tied[0] in changed
     config = spec.config
     options = {
         "bias": (config.bias if config.bias != "none" else "all") if biases else "none",
         # PEFT knows the tie by the table's name: with another it would drop the head.
-        "ensure_weight_tying": tied is not None
-        and tied[0] in changed
-        and tied[0].endswith("embed_tokens"),
+        "ensure_weight_tying": bool(shared and tied and tied[0].endswith("embed_tokens")),
         "fan_in_fan_out": any(_stored_in_out(names, site.path) for site in spec.sites),
         "lora_dropout": config.dropout,
         "task_type": _task(model, whole),
         "use_rslora": config.rslora,
     }
     _check_whole(whole, known)
-    return Export(modules, whole, biases, rows, known, options)
+    return Export(modules, whole, biases, rows, known, options, shared)
 
 
 def transposed(module: Module) -> Module:
@@ -239,8 +240,10 @@ def _task(model: Any, whole: Mapping[str, Any]) -> str | None:
 
 
 def _stored_in_out(names: Names, path: str) -> bool:
-    return names.stored_in_out is not None and names.torch_axes(path, 2) == (0, 1) and (
-        path.endswith("/kernel")
+    return (
+        names.stored_in_out is not None
+        and names.torch_axes(path, 2) == (0, 1)
+        and (path.endswith("/kernel"))
     )
 
 
@@ -252,5 +255,3 @@ def _neat(x: float) -> int | float:
     """A number without what rounding added: 16, not 15.999999999999998."""
     x = float(f"{x:.12g}")
     return int(x) if x.is_integer() else x
-
-

@@ -204,7 +204,7 @@ def main(folder: str | Path = Path(__file__).parent, seed: str | int = 0) -> Non
         for method, parts in found.items():
             out |= {f"{name}/{method}/{file}": x for file, x in parts.items()}
             print(name, method, sum(x.nbytes for x in parts.values()))
-    np.savez_compressed(Path(folder) / "peft_folders.npz", **out)
+    np.savez_compressed(Path(folder) / "peft_folders.npz", allow_pickle=False, **out)
 
 
 if __name__ == "__main__":
