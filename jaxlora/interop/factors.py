@@ -81,7 +81,7 @@ def names_of(model: Any, names: Names | Mapping[str, str] | None = None) -> Name
         raise ConfigError(
             f"The model is a {type(model).__name__}, which has no table of names in torch. Pass "
             "`names={our module path: torch's module path}`, with {} for a layer's number; "
-            "`jaxlora.interop.derive` proposes one."
+            "`jaxlora.interop.derive.derive` proposes one."
         ) from e
 
 

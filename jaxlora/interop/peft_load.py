@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import tree
+from jaxlora import layers, tree
 from jaxlora.adapter import Adapter, Site, Spec, boxed_like
 from jaxlora.apply import base_params
 from jaxlora.config import LoraConfig
+from jaxlora.discover import trace
 from jaxlora.errors import CheckpointError, ConfigError, TargetError, listing
 from jaxlora.init import init_leaves
 from jaxlora.interop import factors
@@ -79,10 +80,13 @@ def load(
     found = open_source(folder, model, params, factors.names_of(model, names))
     adapted = adapted_modules(found)
     lora = _lora_config(found, adapted, dtype)
+    inputs = _inputs(model, inputs)
     try:
-        spec = plan(model, variables, lora, *_inputs(model, inputs), **kwargs).spec
+        spec = plan(model, variables, lora, *inputs, **kwargs).spec
     except TargetError as e:
         raise CheckpointError(f"{folder} does not fit the model: {e}") from e
+    if factors.tied_head(model) is None:
+        _check_tables(folder, spec, _attended(model, variables, inputs, kwargs))
     return _filled(found, spec, adapted, params)
 
 
@@ -96,6 +100,32 @@ def _inputs(model: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             f"The model is a {type(model).__name__}, which is none of jaxlora.models, so example "
             "inputs are needed: `load(source, model, variables, x)`."
         ) from e
+
+
+def _attended(model: nn.Module, variables: Any, inputs: Any, kwargs: Any) -> set[str]:
+    """The tables that are looked up and multiplied with as well, as a tied head does."""
+    seen: dict[str, set[bool]] = {}
+
+    def intercept(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if (rule := layers.rule_for(context.orig_method)) is not None:
+            linear = rule(context.module, *args, **kwargs)
+            path = "/".join((*context.module.path, linear.param))
+            seen.setdefault(path, set()).add(linear.lookup)
+        return next_method(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+        trace(lambda v, a, k: model.apply(v, *a, **k), variables, inputs, kwargs)
+    return {path for path, lookups in seen.items() if len(lookups) == 2}
+
+
+def _check_tables(folder: Path, spec: Spec, attended: Collection[str]) -> None:
+    changed = {site.path for site in spec.sites} | {x.path for x in spec.saved if not x.rows}
+    if both := sorted(changed & set(attended)):
+        raise CheckpointError(
+            f"{folder} changes {listing(both)}, which this model looks up and multiplies with. In "
+            "torch these are two modules and the adapter changes one of them, here it would "
+            "change both. Expected an adapter that leaves the table alone."
+        )
 
 
 def _lora_config(found: Source, adapted: Collection[str], dtype: Any) -> LoraConfig:
