@@ -22,6 +22,10 @@ from jaxlora.models.architectures import architecture_of
 from jaxlora.models.names import Names
 from jaxlora.plan import Plan
 
+READ_DIRECTLY = ("encoder.rel_embeddings",)
+"""Ends of torch's module paths whose weight is read without calling the module, as DeBERTa does: an
+adapter of PEFT's or loralib's changes nothing there until it is merged."""
+
 Parts = Mapping[str, Any]
 """{part: array} of one module of torch: "a", "b", and "m" for DoRA's magnitudes."""
 
@@ -77,7 +81,7 @@ def names_of(model: Any, names: Names | Mapping[str, str] | None = None) -> Name
         raise ConfigError(
             f"The model is a {type(model).__name__}, which has no table of names in torch. Pass "
             "`names={our module path: torch's module path}`, with {} for a layer's number; "
-            "`jaxlora.interop.derive` proposes one."
+            "`jaxlora.interop.derive.derive` proposes one."
         ) from e
 
 
@@ -110,6 +114,8 @@ def torch_sites(found: Spec | Plan, names: Names) -> dict[str, Place]:
         if why is None and name is None:
             near = nearest(site.path.rpartition("/")[0], names.modules, 1)
             why = f"it has no name in torch (nearest in the table: {listing(near) or 'nothing'})"
+        if why is None and str(name).endswith(READ_DIRECTLY):
+            why = "torch's model reads its weight without calling it, so an adapter does nothing"
         count = site.layout.sizes("s")
         if why is None and ("{}" in str(name)) != bool(count):
             why = f"it is {'a stack' if count else 'no stack'}, and its name in torch is {name!r}"

@@ -4,6 +4,7 @@ A folder of PEFT's holds `adapter_config.json` and `adapter_model.safetensors`. 
 the one mean here is a table in `peft_config`; the names of the other are in `peft_export`.
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,9 @@ from jaxlora.interop.tensors import SAFETENSORS, write_safetensors
 from jaxlora.models.names import Names
 from jaxlora.models.saved import new_folder, written_whole
 
-PROFILES: dict[str, Callable[[Export], Export]] = {"vllm": vllm.served, "sglang": vllm.served}
+PROFILES: dict[str, Callable[[Export], Export]] = {
+    name: functools.partial(vllm.served, profile=name) for name in vllm.SERVERS
+}
 """What is done to an export for those who serve it; a profile is one entry."""
 
 
@@ -68,7 +71,9 @@ def save(
     """
     folder = new_folder(folder, overwrite)
     if profile is not None and profile not in PROFILES:
-        raise ConfigError(f"profile is {profile!r}, expected one of {', '.join(PROFILES)}, or None.")
+        raise ConfigError(
+            f"profile is {profile!r}, expected one of {', '.join(PROFILES)}, or None."
+        )
     check_leaves(adapter)
     out = export(adapter, model, factors.names_of(model, names))
     if profile is not None:

@@ -218,9 +218,13 @@ def _check_types(config: PeftConfig) -> None:
     }
     for name, kind in each.items():
         value = config.get(name)
-        lists = [value] if isinstance(value, list) else list((value or {}).values()) if (
-            isinstance(value, dict)
-        ) else []
+        lists = (
+            [value]
+            if isinstance(value, list)
+            else list((value or {}).values())
+            if (isinstance(value, dict))
+            else []
+        )
         for items in lists:
             if not isinstance(items, list) or not all(type(item) is kind for item in items):
                 raise CheckpointError(

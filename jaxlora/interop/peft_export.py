@@ -54,6 +54,7 @@ class Export:
       rows: {torch's module path: (row numbers, values)} of tables.
       all_tensors: the names of all tensors of the base, where they are known.
       options: fields of PEFT's config that do not follow from the others.
+      tied: whether the head reads a table that is changed.
     """
 
     modules: Mapping[str, Module]
@@ -62,6 +63,7 @@ class Export:
     rows: Mapping[str, tuple[tuple[int, ...], np.ndarray]]
     all_tensors: Collection[str]
     options: Mapping[str, Any]
+    tied: bool = False
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The tensors by PEFT's names."""
@@ -118,9 +120,10 @@ class Export:
         """Module names by their ends where these name all modules that they could, else whole."""
         ends: dict[str, set[str]] = {}
         for tensor in self.all_tensors:
-            module, _, leaf = tensor.rpartition(".")
-            if leaf == "weight":
+            module = tensor.rpartition(".")[0]
+            while module:  # a module of modules may have such an end as well
                 ends.setdefault(module.rpartition(".")[2], set()).add(module)
+                module = module.rpartition(".")[0]
         found = set()
         for name in self.modules:
             end = name.rpartition(".")[2]
@@ -159,8 +162,11 @@ def export(adapter: Adapter, model: Any, names: Names) -> Export:
     params = factors.known_params(model)
     known = [] if params is None else list(factors.base_tensors(params, names))
     tied = factors.tied_head(model)
-    if tied is not None and tied[0] in modules:
-        modules[tied[1]] = transposed(modules[tied[0]])
+    if tied is not None:  # the head is a module of its own there
+        if tied[0] in modules:
+            modules[tied[1]] = transposed(modules[tied[0]])
+        if f"{tied[0]}.weight" in saved:
+            saved[f"{tied[1]}.weight"] = saved[f"{tied[0]}.weight"].copy()
     biases = {
         name: x
         for name, x in saved.items()
@@ -168,17 +174,19 @@ def export(adapter: Adapter, model: Any, names: Names) -> Export:
     }
     whole = {name: x for name, x in saved.items() if name not in biases}
     changed = {*modules, *rows, *(name.rpartition(".")[0] for name in whole)}
+    shared = tied is not None and tied[0] in changed
     config = spec.config
     options = {
         "bias": (config.bias if config.bias != "none" else "all") if biases else "none",
-        "ensure_weight_tying": tied is not None and tied[0] in changed,
+        # PEFT knows the tie by the table's name: with another it would drop the head.
+        "ensure_weight_tying": bool(shared and tied and tied[0].endswith("embed_tokens")),
         "fan_in_fan_out": any(_stored_in_out(names, site.path) for site in spec.sites),
         "lora_dropout": config.dropout,
         "task_type": _task(model, whole),
         "use_rslora": config.rslora,
     }
     _check_whole(whole, known)
-    return Export(modules, whole, biases, rows, known, options)
+    return Export(modules, whole, biases, rows, known, options, shared)
 
 
 def transposed(module: Module) -> Module:
@@ -232,8 +240,10 @@ def _task(model: Any, whole: Mapping[str, Any]) -> str | None:
 
 
 def _stored_in_out(names: Names, path: str) -> bool:
-    return names.stored_in_out is not None and names.torch_axes(path, 2) == (0, 1) and (
-        path.endswith("/kernel")
+    return (
+        names.stored_in_out is not None
+        and names.torch_axes(path, 2) == (0, 1)
+        and (path.endswith("/kernel"))
     )
 
 
@@ -245,5 +255,3 @@ def _neat(x: float) -> int | float:
     """A number without what rounding added: 16, not 15.999999999999998."""
     x = float(f"{x:.12g}")
     return int(x) if x.is_integer() else x
-
-

@@ -1,6 +1,5 @@
 """`load`: an adapter from a folder of PEFT's."""
 
-import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -11,54 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import tree
+from jaxlora import layers, tree
 from jaxlora.adapter import Adapter, Site, Spec, boxed_like
 from jaxlora.apply import base_params
 from jaxlora.config import LoraConfig
-from jaxlora.errors import CheckpointError, ConfigError, TargetError, listing, nearest
+from jaxlora.discover import trace
+from jaxlora.errors import CheckpointError, ConfigError, TargetError, listing
 from jaxlora.init import init_leaves
 from jaxlora.interop import factors
-from jaxlora.interop.peft_config import PeftConfig, read_config
-from jaxlora.interop.peft_export import LINEAR, PREFIX, ROWS, TABLE, most_common
-from jaxlora.interop.tensors import PICKLE, SAFETENSORS, read_tensors
+from jaxlora.interop.peft_export import LINEAR, ROWS, TABLE, most_common
+from jaxlora.interop.peft_source import Source, adapted_modules, is_bias, open_source, row_numbers
+from jaxlora.interop.tensors import PICKLE, SAFETENSORS
 from jaxlora.models import hub
 from jaxlora.models.architectures import architecture_of
 from jaxlora.models.names import Names
 from jaxlora.plan import plan
 
-_ENDS = {f".{end}": part for ends in (LINEAR, TABLE) for part, end in ends.items()}
 _FILES = ("adapter_config.json", SAFETENSORS, PICKLE)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """What is loaded, and into what."""
-
-    folder: Path
-    config: PeftConfig
-    tensors: dict[str, np.ndarray]  # by their names without PEFT's prefix
-    names: Names
-    base: Mapping[str, factors.BaseLeaf]  # by torch's names
-    values: Mapping[str, Any]  # the base's leaves by our paths
-
-    @property
-    def kernels(self) -> dict[str, factors.BaseLeaf]:
-        """{torch's module path: leaf} of what could be adapted."""
-        return {
-            name.removesuffix(".weight"): leaf
-            for name, leaf in self.base.items()
-            if name.endswith(".weight") and leaf.ndim >= 2
-        }
-
-    @property
-    def lora(self) -> set[str]:
-        """Torch's paths of the modules that have factors in the file."""
-        return {n.removesuffix(e) for n in self.tensors for e in _ENDS if n.endswith(e)}
-
-    @property
-    def tables(self) -> set[str]:
-        """Torch's paths of the modules some rows of which are trained."""
-        return {n.removesuffix(f".{ROWS}") for n in self.tensors if n.endswith(f".{ROWS}")}
 
 
 def load(
@@ -98,7 +66,8 @@ def load(
       >>> from jaxlora.interop import peft
       >>> from jaxlora.models.llama import LlamaConfig, LlamaForCausalLM
       >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1)
-      >>> model, ids = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)), jnp.ones((1, 2), int)
+      >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))
+      >>> ids = jnp.ones((1, 2), int)
       >>> variables = model.init(jax.random.key(0), ids)
       >>> config = jl.LoraConfig(rank=2, targets="q_proj|v_proj")
       >>> adapter = jl.lora_init(jax.random.key(1), model, variables, config, ids)
@@ -107,26 +76,18 @@ def load(
       ['model/layers_0/self_attn/q_proj/kernel', 'model/layers_0/self_attn/v_proj/kernel']
     """
     folder = hub.resolve(source, revision, files=_FILES, holds=" and ".join(_FILES[:2]))
-    config = read_config(folder)
-    tensors = {_bare(name): x for name, x in read_tensors(folder).items()}
-    table = factors.names_of(model, names)
     params = base_params(model, variables)
-    base = factors.base_tensors(params, table)
-    found = _Source(folder, config, tensors, table, base, tree.flat(params))
-    found = _without_copies(_without_tied_head(found, model))
-    adapted = _adapted(found)
+    found = open_source(folder, model, params, factors.names_of(model, names))
+    adapted = adapted_modules(found)
     lora = _lora_config(found, adapted, dtype)
+    inputs = _inputs(model, inputs)
     try:
-        spec = plan(model, variables, lora, *_inputs(model, inputs), **kwargs).spec
+        spec = plan(model, variables, lora, *inputs, **kwargs).spec
     except TargetError as e:
         raise CheckpointError(f"{folder} does not fit the model: {e}") from e
+    if factors.tied_head(model) is None:
+        _check_tables(folder, spec, _attended(model, variables, inputs, kwargs))
     return _filled(found, spec, adapted, params)
-
-
-def _bare(name: str) -> str:
-    """A tensor's name without PEFT's prefix and wrappers; a name that lacks the prefix is kept."""
-    bare = name.removeprefix(PREFIX) if name.startswith(PREFIX) else f"?{name}"
-    return bare.replace(".modules_to_save.", ".").replace("magnitude_vector.weight", "magnitude_vector")
 
 
 def _inputs(model: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -141,108 +102,33 @@ def _inputs(model: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         ) from e
 
 
-def _adapted(found: _Source) -> set[str]:
-    """Torch's paths of the modules that the config and the file adapt."""
-    config, there = found.config, found.lora
-    if not config.named:
-        return there & set(found.kernels)
-    adapted = {module for module in found.kernels if config.targets(module)}
-    if not adapted and there:
-        target = config.fields["target_modules"]
-        first = target if isinstance(target, str) else sorted(target)[0] if target else ""
-        ends = {module.rpartition(".")[2] for module in found.kernels}
+def _attended(model: nn.Module, variables: Any, inputs: Any, kwargs: Any) -> set[str]:
+    """The tables that are looked up and multiplied with as well, as a tied head does."""
+    seen: dict[str, set[bool]] = {}
+
+    def intercept(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if (rule := layers.rule_for(context.orig_method)) is not None:
+            linear = rule(context.module, *args, **kwargs)
+            path = "/".join((*context.module.path, linear.param))
+            seen.setdefault(path, set()).add(linear.lookup)
+        return next_method(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+        trace(lambda v, a, k: model.apply(v, *a, **k), variables, inputs, kwargs)
+    return {path for path, lookups in seen.items() if len(lookups) == 2}
+
+
+def _check_tables(folder: Path, spec: Spec, attended: Collection[str]) -> None:
+    changed = {site.path for site in spec.sites} | {x.path for x in spec.saved if not x.rows}
+    if both := sorted(changed & set(attended)):
         raise CheckpointError(
-            f"{config.file}: target_modules, {target!r}, match none of the {len(found.kernels)} "
-            f"modules of this model. Nearest: {listing(nearest(first, ends))}. The adapter belongs "
-            "to another architecture, or `names` lacks its modules."
+            f"{folder} changes {listing(both)}, which this model looks up and multiplies with. In "
+            "torch these are two modules and the adapter changes one of them, here it would "
+            "change both. Expected an adapter that leaves the table alone."
         )
-    return adapted
 
 
-def _without_tied_head(found: _Source, model: Any) -> _Source:
-    """The source less the tensors of a head that is the table here, where they say the same."""
-    tied = factors.tied_head(model)
-    if tied is None:
-        return found
-    table, head = tied
-    own = {n: x for n, x in found.tensors.items() if n.startswith(f"{head}.")}
-    ends = {f"{table}.{TABLE['a']}": f"{head}.{LINEAR['b']}"}
-    ends |= {f"{table}.{TABLE['b']}": f"{head}.{LINEAR['a']}"}
-    changed = [n for n in (*ends, f"{table}.weight") if n in found.tensors]
-    config = found.config
-    if changed and not own and not config.get("ensure_weight_tying", False):
-        raise CheckpointError(
-            f"{found.folder} changes {table}, which '{head}' of this model reads too: in torch the "
-            f"head would keep the table as it was, here it cannot. Expected the tensors of '{head}' "
-            "as well, as `ensure_weight_tying=True` gives them in PEFT."
-        )
-    for of_table, of_head in ends.items():
-        if of_head in own and not (
-            of_table in found.tensors
-            and np.array_equal(found.tensors[of_table].T, own.pop(of_head))
-        ):
-            raise CheckpointError(
-                f"{found.folder}: '{of_head}' adapts a head that is the table {table} here, "
-                f"expected '{of_table}' with the same values: they cannot differ."
-            )
-    same = {f"{head}.weight": f"{table}.weight", f"{head}.base_layer.weight": None}
-    tensors = {n: x for n, x in found.tensors.items() if not n.startswith(f"{head}.")}
-    for name in list(own):
-        if name not in same:
-            tensors[name] = own[name]
-        elif name == f"{head}.weight" and f"{table}.weight" in found.tensors:
-            if not np.array_equal(found.tensors[f"{table}.weight"], own[name]):
-                raise CheckpointError(
-                    f"{found.folder}: '{name}' differs from '{table}.weight', which is one table "
-                    "here."
-                )
-        elif not _is_base(found, f"{table}.weight", own[name]):
-            raise CheckpointError(
-                f"{found.folder}: '{name}' differs from the table {table} of the model, which the "
-                "head reads here."
-            )
-    return dataclasses.replace(found, tensors=tensors)
-
-
-def _without_copies(found: _Source) -> _Source:
-    """The source less what is only a copy of the base, which PEFT saves beside embeddings."""
-    tensors = {}
-    for name, x in found.tensors.items():
-        if ".original_module." in name:
-            continue
-        if name.endswith(".base_layer.weight"):
-            of_base = name.replace(".base_layer.", ".")
-            if not _is_base(found, of_base, x):
-                raise CheckpointError(
-                    f"{found.folder}: '{PREFIX}{name}' is a base's weight of shape {x.shape} with "
-                    "other values than this model's. Expected the base that the adapter was "
-                    "trained on, with its table resized as then."
-                )
-            continue
-        tensors[name] = x
-    return dataclasses.replace(found, tensors=tensors)
-
-
-def _is_base(found: _Source, name: str, x: np.ndarray) -> bool:
-    """Whether a tensor has the base's values; those of an abstract base are not compared."""
-    if name not in found.base:
-        return False
-    path, layer, _ = found.base[name]
-    leaf = found.values[path]
-    own = tree.aval(leaf)
-    shape = own.shape if layer is None else own.shape[1:]
-    axes = found.names.torch_axes(path, len(shape))
-    if x.shape != tuple(shape[i] for i in np.argsort(axes)):
-        return False
-    value = tree.unboxed(leaf)
-    if isinstance(value, jax.ShapeDtypeStruct):
-        return True
-    value = np.asarray(value if layer is None else value[layer], np.float32)
-    # The copy may be of another precision than the base here.
-    return np.allclose(found.names.transposed(path, value), x.astype(np.float32), 1e-2, 1e-5)
-
-
-def _lora_config(found: _Source, adapted: Collection[str], dtype: Any) -> LoraConfig:
+def _lora_config(found: Source, adapted: Collection[str], dtype: Any) -> LoraConfig:
     """Our config: the layers one by one, with the rank and alpha of each."""
     config, kernels = found.config, found.kernels
     ranks: dict[str, int] = {}
@@ -251,7 +137,7 @@ def _lora_config(found: _Source, adapted: Collection[str], dtype: Any) -> LoraCo
         path = kernels[module].path
         if config.rank(module) > ranks.get(path, 0):  # of a stack, the highest
             ranks[path], alphas[path] = config.rank(module), float(config.alpha(module))
-    biases = {n for n in found.tensors if _is_bias(found, n)}
+    biases = {n for n in found.tensors if is_bias(found, n)}
     whole = {found.base[n].path for n in set(found.tensors) & set(found.base) - biases}
     if not (ranks or whole or biases or found.tables):
         raise CheckpointError(
@@ -271,7 +157,7 @@ def _lora_config(found: _Source, adapted: Collection[str], dtype: Any) -> LoraCo
         rank_pattern=_by_value({p: n for p, n in ranks.items() if n != rank}),
         alpha_pattern=_by_value({p: x for p, x in alphas.items() if x != alpha}),
         token_rows={
-            f"^{re.escape(_layer_of(kernels[m].path))}": sorted(_rows(found, m))
+            f"^{re.escape(_layer_of(kernels[m].path))}": sorted(row_numbers(found, m))
             for m in found.tables
             if m in kernels
         },
@@ -279,33 +165,10 @@ def _lora_config(found: _Source, adapted: Collection[str], dtype: Any) -> LoraCo
     )
 
 
-def _is_bias(found: _Source, name: str) -> bool:
-    """Whether a tensor is a bias that `bias` trains, beside the modules trained in full."""
-    if name.endswith(".base_layer.bias"):
-        return True
-    weight = f"{name.removesuffix('bias')}weight"
-    everywhere = found.config.get("bias", "none") == "all" and name.endswith(".bias")
-    return everywhere and weight not in found.tensors
-
-
-def _dtype(found: _Source) -> Any:
+def _dtype(found: Source) -> Any:
     """The dtype that holds all of the file's."""
     dtypes = {x.dtype for x in found.tensors.values()}
     return jnp.result_type(*dtypes) if len(dtypes) > 1 else next(iter(dtypes))
-
-
-def _rows(found: _Source, module: str) -> list[int]:
-    """The numbers of the rows of a table that are trained, in the file's order."""
-    rows = found.config.get("trainable_token_indices", [])
-    if isinstance(rows, dict):
-        named = [numbers for name, numbers in rows.items() if module.endswith(name)]
-        rows = named[0] if named else []
-    if not rows or len(set(rows)) < len(rows) or min(rows) < 0:
-        raise CheckpointError(
-            f"{found.config.file}: trainable_token_indices gives {rows!r} for {module}, expected "
-            "one or more rows from 0, each once."
-        )
-    return rows
 
 
 def _layer_of(path: str) -> str:
@@ -324,7 +187,9 @@ def _patterns(paths: Iterable[str]) -> list[str]:
     for kind, numbers in kinds.items():
         ordered = sorted(numbers, key=lambda n: (len(n), n))
         alternatives = ordered[0] if len(ordered) == 1 else f"({'|'.join(ordered)})"
-        found.append("^" + re.escape(kind).replace("\0", alternatives).replace("\\\0", alternatives))
+        found.append(
+            "^" + re.escape(kind).replace("\0", alternatives).replace("\\\0", alternatives)
+        )
     return found
 
 
@@ -336,7 +201,7 @@ def _by_value(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _filled(found: _Source, spec: Spec, adapted: Collection[str], params: Any) -> Adapter:
+def _filled(found: Source, spec: Spec, adapted: Collection[str], params: Any) -> Adapter:
     """The adapter with the file's values, after all tensors were checked."""
     places = factors.torch_sites(spec, found.names)
     saved = factors.torch_leaves(spec, found.names)
@@ -350,8 +215,8 @@ def _filled(found: _Source, spec: Spec, adapted: Collection[str], params: Any) -
     for tensor, place in saved.items():
         shape = place.leaf.leaf_shape if place.layer is None else place.leaf.leaf_shape[1:]
         axes = found.names.torch_axes(place.leaf.path, len(shape))
-        if names[tensor] is not None:
-            expected[names[tensor]] = tuple(shape[i] for i in np.argsort(axes))
+        if (name := names[tensor]) is not None:
+            expected[name] = tuple(shape[i] for i in np.argsort(axes))
     _check(found, expected)
 
     base = tree.flat(params)
@@ -373,7 +238,7 @@ def _filled(found: _Source, spec: Spec, adapted: Collection[str], params: Any) -
     )
 
 
-def _check(found: _Source, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check(found: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError that lists all tensors that are missing, left over or misshapen."""
     wrong = []
     if missing := sorted(set(expected) - set(found.tensors)):
@@ -392,16 +257,16 @@ def _check(found: _Source, expected: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _parts(
-    found: _Source, site: Site, module: str, adapted: bool, base: Mapping[str, Any]
+    found: Source, site: Site, module: str, adapted: bool, base: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """One module's tensors with the rank of its site; the zeros of one that is not adapted."""
     shapes = factors.torch_shapes(site, site.rank)
     rank = found.config.rank(module) if adapted else 0
-    if site.keeps_start and rank != site.rank or site.dora and not adapted:
+    if (site.keeps_start and rank != site.rank) or (site.dora and not adapted):
         raise CheckpointError(
             f"{found.folder} adapts the layers of {site.path} unlike one another, which one stack "
-            f"cannot hold with {'PiSSA or OLoRA' if site.keeps_start else 'DoRA'}. Expected a model "
-            "without scan_layers."
+            f"cannot hold with {'PiSSA or OLoRA' if site.keeps_start else 'DoRA'}. Expected a "
+            "model without scan_layers."
         )
     if not adapted:
         return {part: np.zeros(shape, np.float32) for part, shape in shapes.items()}
@@ -419,7 +284,7 @@ def _parts(
 
 
 def _saved_name(
-    found: _Source, tensor: str, place: factors.SavedPlace, adapted: Collection[str]
+    found: Source, tensor: str, place: factors.SavedPlace, adapted: Collection[str]
 ) -> str | None:
     """The name of a trained leaf's tensor, or None where the base's value stands for it."""
     module, _, leaf = tensor.rpartition(".")
@@ -432,7 +297,7 @@ def _saved_name(
 
 
 def _saved(
-    found: _Source, name: str | None, place: factors.SavedPlace, base: Mapping[str, Any]
+    found: Source, name: str | None, place: factors.SavedPlace, base: Mapping[str, Any]
 ) -> np.ndarray:
     """One layer of a leaf that is trained in full, or its rows in the order of their numbers."""
     path = place.leaf.path
@@ -440,7 +305,5 @@ def _saved(
         return np.asarray(tree.unboxed(base[path])[place.layer])
     x = found.tensors[name]
     if place.leaf.rows:
-        return x[np.argsort(_rows(found, name.removesuffix(f".{ROWS}")))]
+        return x[np.argsort(row_numbers(found, name.removesuffix(f".{ROWS}")))]
     return np.transpose(x, found.names.torch_axes(path, x.ndim))
-
-

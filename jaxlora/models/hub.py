@@ -60,9 +60,7 @@ def resolve(
             )
         return folder
     if folder.exists():
-        raise CheckpointError(
-            f"{folder} is a file, expected the folder that holds {holds}."
-        )
+        raise CheckpointError(f"{folder} is a file, expected the folder that holds {holds}.")
     if isinstance(dir_or_hub_id, Path) or not _HUB_ID.fullmatch(dir_or_hub_id):
         raise CheckpointError(
             f"There is no folder {folder}. Expected a folder with {holds}, or a hub id such as "
