@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import jaxlora as jl
 from jaxlora import models, tree
@@ -24,7 +25,7 @@ from jaxlora.cli.main import COMMANDS
 from jaxlora.cli.options import fields_of, parse
 from jaxlora.cli.speakers import Speakers
 from jaxlora.errors import ConfigError, DataError
-from jaxlora.interop import safetensors, torch_zip
+from jaxlora.interop import safetensors, torch_zip, vllm
 from jaxlora.tasks import TASKS, load_run
 from tests import tiny
 
@@ -140,6 +141,24 @@ def test_convert_goes_round_through_every_form(films, root, tmp_path, capsys):
     wanted = jl.merge(expected.params, expected.adapter)
     for path, x in tree.items(wanted):
         np.testing.assert_array_equal(tree.flat(merged.params)[path], x)
+
+
+def test_convert_reads_a_folder_of_peft_with_a_pickle(films, root, tmp_path):
+    folder, expected = tmp_path / "peft", load_run(films)
+    assert run("convert", films, folder, "--to", "peft") == 0
+    tensors = load_file(folder / "adapter_model.safetensors")
+    torch_zip.write(folder / "adapter_model.bin", tensors)
+    (folder / "adapter_model.safetensors").unlink()
+    assert run("convert", folder, tmp_path / "orbax", "--to", "orbax") == 0
+    assert_same(jl.load_adapter(tmp_path / "orbax", params=expected.params), expected.adapter)
+
+
+def test_convert_to_vllm(films, persona, tmp_path, capsys):
+    assert run("convert", persona, tmp_path / "served", "--to", "vllm") == 0
+    assert vllm.check(tmp_path / "served") == []
+    assert run("convert", films, tmp_path / "refused", "--to", "vllm") == 2
+    assert "classifier" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
 
 
 def test_convert_casts_and_overwrites(films, tmp_path, capsys):
