@@ -3,6 +3,9 @@
 import doctest
 import functools
 import inspect
+import os
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from jaxlora.interop import loralib, loralib_conv, safetensors, torch_zip, unpic
 from jaxlora.interop.loralib_state import read
 
 REFERENCES = Path(__file__).parent / "references"
+# `make test-interop` points this at a folder of files that torch has made just now.
+FILES = Path(os.environ.get("JAXLORA_REFERENCES", REFERENCES))
 QV = {"c_attn": (True, False, True)}
 IDS = np.arange(3, 17).reshape(2, 7)
 ALPHA = 3
@@ -64,17 +69,17 @@ def loaded(tmp_path_factory):
 
 
 def file_of(family):
-    return REFERENCES / f"loralib_{family}.pt"
+    return FILES / f"loralib_{family}.pt"
 
 
 def outputs(family):
-    with np.load(REFERENCES / "loralib_files.npz") as file:
+    with np.load(FILES / "loralib_files.npz") as file:
         return file[f"{family}/outputs"]
 
 
 def net():
     """The net with the weights of the file."""
-    with np.load(REFERENCES / "loralib_files.npz") as file:
+    with np.load(FILES / "loralib_files.npz") as file:
         base = {k.removeprefix("net/base/"): x for k, x in file.items() if "net/base/" in k}
     leaves: dict[str, Any] = {"embed/embedding": base["embed.weight"], "out/bias": base["out.bias"]}
     leaves["out/kernel"] = base["out.weight"].T
@@ -256,6 +261,29 @@ def test_partitioned_params_give_boxed_leaves(tmp_path):
         np.testing.assert_array_equal(found[leaf].value, adapter.params["fc"][leaf])
 
 
+class Layers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for n in range(2):
+            x = nn.tanh(nn.Dense(4, name=f"layers_{n}")(x))
+        return x
+
+
+def test_a_table_of_names_for_a_model_of_ones_own(tmp_path):
+    model, x = Layers(), jnp.ones((1, 4))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    adapter, names = made(model, variables, x), {"layers_{}": "blocks.{}.fc"}
+    file = loralib.save(tmp_path / "lora.pt", adapter, model, names)
+    assert set(read(file).factors) == {"blocks.0.fc", "blocks.1.fc"}
+    assert_equal(
+        loralib.load(file, model, variables, x, alpha=3, names=names).params, adapter.params
+    )
+    with pytest.raises(
+        ConfigError, match=r"a Layers, which is none of jaxlora.models, so example i"
+    ):
+        loralib.load(file, model, variables, alpha=3, names=names)
+
+
 def test_a_dtype_that_is_asked_for(loaded):
     model, variables = loaded("roberta")
     abstract = jax.eval_shape(lambda: variables)
@@ -367,10 +395,18 @@ def test_buffers_that_are_saved_with_the_biases_are_passed_over(loaded, tmp_path
 
 
 def test_what_the_file_may_hold_beside_tensors(tmp_path):
-    file = torch_zip.write(tmp_path / "plain.pt", pair("module.fc") | {"module.fc.bias": ONES})
-    state = read(file)
+    parallel = pair("module.fc") | {"module.fc.bias": ONES}
+    state = read(torch_zip.write(tmp_path / "parallel.pt", parallel))
     assert set(state.factors) == {"fc"}
     assert set(state.whole) == {"fc.bias"}
+    state = read(torch_zip.write(tmp_path / "plain.pt", pair("module.fc") | {"top.bias": ONES}))
+    assert set(state.factors) == {"module.fc"}
+    endless: dict[str, Any] = {}
+    endless["model_state_dict"] = endless
+    with zipfile.ZipFile(tmp_path / "endless.pt", "w") as archive:
+        archive.writestr("endless/data.pkl", pickle.dumps(endless, 2))
+    with pytest.raises(CheckpointError, match=r"holds model_state_dict, which are no tensors"):
+        read(tmp_path / "endless.pt")
     with pytest.raises(
         CheckpointError, match=r"holds dtypes, state, rest, size, which are no tensors"
     ):

@@ -85,6 +85,23 @@ def names_of(model: Any, names: Names | Mapping[str, str] | None = None) -> Name
         ) from e
 
 
+def example_inputs(model: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs to trace a model with: those given, or a model of `jaxlora.models`'s own.
+
+    Raises:
+      ConfigError: none are given, and it is no such model.
+    """
+    if inputs:
+        return inputs
+    try:
+        return (architecture_of(model).example(model.config),)
+    except ConfigError as e:
+        raise ConfigError(
+            f"The model is a {type(model).__name__}, which is none of jaxlora.models, so example "
+            "inputs are needed: `load(source, model, variables, x)`."
+        ) from e
+
+
 def torch_sites(found: Spec | Plan, names: Names) -> dict[str, Place]:
     """What torch calls each adapted layer.
 

@@ -24,6 +24,7 @@ from jaxlora.config import LoraConfig
 from jaxlora.errors import AdapterError, CheckpointError, ConfigError, listing, nearest
 from jaxlora.interop import loralib_conv, torch_zip
 from jaxlora.interop.factors import (
+    example_inputs,
     from_torch,
     is_conv,
     misfit,
@@ -87,7 +88,7 @@ def load(
     table = names_of(model, names)
     base = tree.flat(base_params(model, variables))
     leaves = {path: tree.aval(x) for path, x in base.items()}
-    inputs = inputs or (architecture_of(model).example(model.config),)
+    inputs = example_inputs(model, inputs)
     found = _bare(read(file), table, _other(model), file)
     kernels, whole = _placed(leaves, table, found, file)
     dtype = _dtype(found, file) if dtype is None else dtype

@@ -49,7 +49,8 @@ def read(file: str | os.PathLike[str]) -> State:
             f"{file} holds {listing(other)}, which are no tensors, expected '<module>.lora_A' and "
             "'<module>.lora_B', alone or in a dict under 'model_state_dict'."
         )
-    state = {str(name).removeprefix("module."): x for name, x in state.items()}
+    parallel = all(str(name).startswith("module.") for name in state)
+    state = {str(n).removeprefix("module.") if parallel else str(n): x for n, x in state.items()}
     found = State({}, {})
     for name, x in state.items():
         module, _, end = name.rpartition(".")

@@ -15,14 +15,13 @@ from jaxlora.adapter import Adapter, Site, Spec, boxed_like
 from jaxlora.apply import base_params
 from jaxlora.config import LoraConfig
 from jaxlora.discover import trace
-from jaxlora.errors import CheckpointError, ConfigError, TargetError, listing
+from jaxlora.errors import CheckpointError, TargetError, listing
 from jaxlora.init import init_leaves
 from jaxlora.interop import factors
 from jaxlora.interop.peft_export import LINEAR, ROWS, TABLE, most_common
 from jaxlora.interop.peft_source import Source, adapted_modules, is_bias, open_source, row_numbers
 from jaxlora.interop.tensors import PICKLE, SAFETENSORS
 from jaxlora.models import hub
-from jaxlora.models.architectures import architecture_of
 from jaxlora.models.names import Names
 from jaxlora.plan import plan
 
@@ -80,7 +79,7 @@ def load(
     found = open_source(folder, model, params, factors.names_of(model, names))
     adapted = adapted_modules(found)
     lora = _lora_config(found, adapted, dtype)
-    inputs = _inputs(model, inputs)
+    inputs = factors.example_inputs(model, inputs)
     try:
         spec = plan(model, variables, lora, *inputs, **kwargs).spec
     except TargetError as e:
@@ -88,18 +87,6 @@ def load(
     if factors.tied_head(model) is None:
         _check_tables(folder, spec, _attended(model, variables, inputs, kwargs))
     return _filled(found, spec, adapted, params)
-
-
-def _inputs(model: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    if inputs:
-        return inputs
-    try:
-        return (architecture_of(model).example(model.config),)
-    except ConfigError as e:
-        raise ConfigError(
-            f"The model is a {type(model).__name__}, which is none of jaxlora.models, so example "
-            "inputs are needed: `load(source, model, variables, x)`."
-        ) from e
 
 
 def _attended(model: nn.Module, variables: Any, inputs: Any, kwargs: Any) -> set[str]:
