@@ -11,7 +11,7 @@ from jaxlora.errors import ConfigError, listing
 from jaxlora.models.names import Names
 
 _WEIGHTS = ("kernel", "embedding", "scale")
-_COMMON = {"model", "module", "layer", "layers", "block", "blocks", "net"}
+_COMMON = {"model", "module", "layer", "block", "net"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +113,10 @@ def _modules(shapes: Mapping[str, tuple[int, ...]], joint: str) -> list[_Module]
 
 
 def _parts(name: str) -> tuple[frozenset[str], tuple[str, ...]]:
-    """The words and the numbers of a name: layer_3/fcOut has {fc, out} and 3."""
+    """The words, in the singular, and the numbers of a name: layer_3/fcOut has {fc, out} and 3."""
     split = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
     parts = re.findall(r"[a-z]+|\d+", split.lower())
-    words = frozenset(p for p in parts if not p.isdecimal())
+    words = frozenset(p.rstrip("s") or p for p in parts if not p.isdecimal())
     return words - _COMMON or words, tuple(p for p in parts if p.isdecimal())
 
 

@@ -1,6 +1,6 @@
 """PEFT's `adapter_config.json`: what each field means here, and which modules it names.
 
-The fields are those of PEFT 0.21.2's LoraConfig.
+The fields are those of PEFT 0.21.2's LoraConfig, and some that earlier versions had.
 """
 
 import dataclasses
@@ -39,7 +39,6 @@ USED = {
 """Fields that say what the adapter is, with the types that they have in JSON."""
 
 HARMLESS = (
-    "alora_invocation_string",
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
@@ -49,6 +48,7 @@ HARMLESS = (
     "loftq_config",
     "lora_ga_config",
     "megatron_core",
+    "merge_weights",
     "peft_version",
     "qalora_group_size",
     "revision",
@@ -59,8 +59,10 @@ HARMLESS = (
 """Fields that change no output of a trained adapter: bookkeeping, how training began or ran."""
 
 NEUTRAL = {
+    "alora_invocation_string": "activates the adapter from a certain string on",
     "alora_invocation_tokens": "activates the adapter from certain tokens on",
     "arrow_config": "routes between adapters",
+    "enable_lora": "adapts some blocks of fused layers",
     "kasa_config": "truncates the base and scales each rank",
     "layer_replication": "builds another model of the base's layers",
     "lora_bias": "adds a bias to B",

@@ -72,6 +72,10 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "whole": {"targets": "up_proj", "modules_to_save": "embed_tokens"},
         "rows": {"targets": "up_proj", "token_rows": {"embed_tokens": [20, 3]}},
     },
+    "vit": {
+        "conv": {"targets": "patches"},
+        "dora_conv": {"targets": "patches", "dora": True, "modules_to_save": HEAD},
+    },
 }
 """Our configs by model; one that is named for a profile is saved with it."""
 
@@ -96,6 +100,7 @@ def write(to: Path) -> None:
                 (folder / key.rpartition("/")[2]).write_bytes(x.tobytes())
         ids = stored[f"{name}/inputs"]
         np.save(folder / "inputs.npy", ids)
+        ids = np.moveaxis(ids, 1, -1) if name == "vit" else ids
         for scan in (False, True):
             model, params, _ = models.from_pretrained(folder, scan_layers=scan)
             for method, options in configs.items():

@@ -52,6 +52,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama": ("LlamaForCausalLM", SMALL | {"num_key_value_heads": 1}),
     "llama_tied": ("LlamaForCausalLM", SMALL | {"tie_word_embeddings": True}),
+    "vit": (
+        "ViTForImageClassification",
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 20,
+            "image_size": 8,
+            "patch_size": 4,
+            "num_channels": 2,
+        },
+    ),
 }
 ENCODER = {"target_modules": ["query", "value"]}
 ADAPTERS: dict[str, dict[str, dict[str, Any]]] = {
@@ -112,6 +124,10 @@ ADAPTERS: dict[str, dict[str, dict[str, Any]]] = {
             "ensure_weight_tying": True,
         },
         "tokens": {"target_modules": ["up_proj"], "trainable_token_indices": [3, 1, 20]},
+    },
+    "vit": {
+        "conv": {"target_modules": ["projection"], "modules_to_save": ["classifier"]},
+        "dora_conv": {"target_modules": ["projection"], "use_dora": True},
     },
 }
 
@@ -189,7 +205,7 @@ def main(folder: str | Path = Path(__file__).parent, seed: str | int = 0) -> Non
     torch.manual_seed(int(seed))
     out: dict[str, np.ndarray] = {}
     for name, (kind, _) in MODELS.items():
-        ids = torch.randint(2, 24, (2, 5))
+        ids = torch.randn(2, 2, 8, 8) if name == "vit" else torch.randint(2, 24, (2, 5))
         with tempfile.TemporaryDirectory() as temporary:
             base = Path(temporary)
             model = base_model(name)
