@@ -367,8 +367,18 @@ def test_what_does_not_fit_is_named(loaded, tensors, error, message, tmp_path):
 def test_a_stack_needs_the_factors_of_all_its_layers(loaded, tmp_path):
     model, variables = loaded("roberta", scan=True)
     file = torch_zip.write(tmp_path / "one.pt", pair(Q))
-    with pytest.raises(CheckpointError, match=r"lacks the factors of roberta.*layer.1.*query\."):
+    with pytest.raises(CheckpointError, match=r"lacks the factors of roberta.*layer.1.*query, wh"):
         loralib.load(file, model, variables, alpha=3)
+    both = {**pair(Q), **pair(Q.replace("0", "1"), r=3)}
+    file = torch_zip.write(tmp_path / "ranks.pt", both)
+    with pytest.raises(
+        CheckpointError, match=r"layer.1.* has rank 3 in .*, and an earlier .* 2. Exp"
+    ):
+        loralib.load(file, model, variables, alpha=3)
+    model, variables = loaded("roberta")
+    ranks = {site.rank for site in loralib.load(file, model, variables, alpha=3).spec.sites}
+    assert ranks == {2, 3}
+    model, variables = loaded("roberta", scan=True)
     bias = {"encoder.layer.0.attention.self.key.bias": ONES[0]}
     file = torch_zip.write(tmp_path / "two.pt", {**pair(Q), **pair(Q.replace("0", "1")), **bias})
     with pytest.raises(CheckpointError, match=r"layer.1.attention.self.key.bias' is not there"):

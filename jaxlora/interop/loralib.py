@@ -95,7 +95,10 @@ def load(
     first = LoraConfig(rank=1, alpha=alpha, targets=kernels, param_dtype=dtype)
     places = torch_sites(plan(model, variables, first, *inputs), table)
     if lacking := [module for module in places if table.bare(module) not in found.factors]:
-        raise CheckpointError(f"{file} lacks the factors of {listing(lacking, 20)}.")
+        raise CheckpointError(
+            f"{file} lacks the factors of {listing(lacking, 20)}, which the stack of their layers "
+            "here needs. Expected a model without scan_layers."
+        )
     factors: dict[str, _Read] = {}
     wrong = []
     for module, (site, _) in places.items():
@@ -108,7 +111,14 @@ def load(
         raise CheckpointError(f"{file} does not fit the model. {' '.join(wrong)}")
     if other := [f"{module} has {x.r}" for module, x in factors.items() if rank not in (None, x.r)]:
         raise ConfigError(f"rank is {rank}, and in {file} {listing(other)}.")
-    by_path = {places[module].site.path: x for module, x in factors.items()}
+    by_path: dict[str, _Read] = {}
+    for module, x in factors.items():
+        first_of = by_path.setdefault(places[module].site.path, x)
+        if first_of[:3] != x[:3]:
+            raise CheckpointError(
+                f"{module} has rank {x.rank} in {file}, and an earlier layer of its stack "
+                f"{first_of.rank}. Expected a model without scan_layers."
+            )
     config = _config(first, by_path, whole, leaves)
     spec = plan(model, variables, config, *inputs).spec
     layers: dict[str, list[Any]] = {}
