@@ -161,6 +161,16 @@ def test_convert_to_vllm(films, persona, tmp_path, capsys):
     assert not (tmp_path / "refused").exists()
 
 
+def test_convert_never_writes_over_its_source(films, root, capsys):
+    before = sorted(films.rglob("*"))
+    for target in (films, films.parent):
+        assert run("convert", films, target, "--to", "peft", "--overwrite") == 2
+        assert f"{target} holds the source, expected another place" in capsys.readouterr().err
+    assert run("convert", films, films / "x", "--to", "peft", "--base", root / "encoder") == 2
+    assert "base is given, and a training run has no use for it" in capsys.readouterr().err
+    assert sorted(films.rglob("*")) == before
+
+
 def test_convert_casts_and_overwrites(films, tmp_path, capsys):
     target = tmp_path / "narrow.safetensors"
     argv = ["convert", films, target, "--to", "safetensors", "--checkpoint", "last"]
@@ -189,6 +199,11 @@ def test_convert_writes_what_its_flag_names():
         ("cut.safetensors", [], r"cut.safetensors is damaged or cut short \(3 bytes\)"),
         ("bare.safetensors", [], r"base is None, expected the model: to write a folder of PEFT"),
         ("lora.pt", ["--base", "ENCODER", "--alpha", 1, "--fused", "q=2"], r"fused is 'q=2', expe"),
+        (
+            "bare.safetensors",
+            ["--alpha", 1],
+            r"alpha is given, and bare safetensors has no use for",
+        ),
     ],
 )
 def test_convert_says_what_is_wrong_and_writes_nothing(

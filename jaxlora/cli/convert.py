@@ -5,16 +5,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 import jax.numpy as jnp
 
 from jaxlora.adapter import Adapter, Spec
 from jaxlora.cli import show
-from jaxlora.cli.forms import FORMS, Found, Request, detect
+from jaxlora.cli.forms import FORMS, Found, Request, check, detect
 from jaxlora.cli.options import parse, positional
-from jaxlora.errors import CheckpointError, listing
+from jaxlora.errors import listing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,10 +53,7 @@ def run(argv: Sequence[str]) -> int:
     fields = dataclasses.asdict(options)
     request = Request(**{f.name: fields[f.name] for f in dataclasses.fields(Request)})
     name = detect(options.source)
-    if Path(options.target).exists() and not options.overwrite:
-        raise CheckpointError(
-            f"{options.target} is there already, expected a new path. --overwrite replaces it."
-        )
+    check(request, name)
     found = FORMS[name].read(request)  # type: ignore[misc]
     if options.dtype is not None:
         found = found._replace(adapter=_cast(found.adapter, options.dtype))

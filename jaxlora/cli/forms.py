@@ -70,12 +70,14 @@ class Form(NamedTuple):
       detect: whether a path is of it; None for one that is only written.
       read: reads it.
       write: writes it; None for one that is only read.
+      flags: the fields of a request that reading it uses.
     """
 
     what: str
     detect: Callable[[Path], bool] | None
     read: Callable[[Request], Found] | None
     write: Callable[[Request, Found], Path] | None
+    flags: tuple[str, ...] = ()
 
 
 def detect(source: str) -> str:
@@ -96,6 +98,26 @@ def detect(source: str) -> str:
     raise CheckpointError(
         f"{source} {holds if path.exists() else 'is not there'}, expected one of: {known}."
     )
+
+
+def check(request: Request, name: str) -> None:
+    """Raises ConfigError if a form has no use for a flag, or writing would remove the source."""
+    form = FORMS[name]
+    for field in dataclasses.fields(request):
+        if field.name in ("source", "target", "overwrite", *form.flags):
+            continue
+        if getattr(request, field.name) != field.default:
+            raise ConfigError(
+                f"{field.name} is given, and {form.what} has no use for it, expected of its flags: "
+                f"{', '.join(f'--{flag}' for flag in form.flags)}."
+            )
+    source, target = (Path(p).expanduser().absolute() for p in (request.source, request.target))
+    if source.is_relative_to(target):
+        raise ConfigError(f"{request.target} holds the source, expected another place to write.")
+    if target.exists() and not request.overwrite:
+        raise CheckpointError(
+            f"{request.target} is there already, expected a new path. --overwrite replaces it."
+        )
 
 
 def _run(request: Request) -> Found:
@@ -228,16 +250,31 @@ def _holds(*names: str) -> Callable[[Path], bool]:
     return lambda path: all((path / name).is_file() for name in names)
 
 
+_OF_MODEL = ("base", "head")
 FORMS = {
-    "run": Form("a training run", _holds(runs.CONFIG), _run, None),
+    "run": Form("a training run", _holds(runs.CONFIG), _run, None, ("checkpoint",)),
     "orbax": Form(
-        "an Orbax checkpoint", _holds("adapter/metadata"), _native(load_adapter), _save_orbax
+        "an Orbax checkpoint",
+        _holds("adapter/metadata"),
+        _native(load_adapter),
+        _save_orbax,
+        _OF_MODEL,
     ),
-    "peft": Form("a folder of PEFT", _holds(CONFIG), _peft, _save_peft),
+    "peft": Form("a folder of PEFT", _holds(CONFIG), _peft, _save_peft, _OF_MODEL),
     "safetensors": Form(
-        "bare safetensors", safetensors.is_adapter, _native(safetensors.load), _save_safetensors
+        "bare safetensors",
+        safetensors.is_adapter,
+        _native(safetensors.load),
+        _save_safetensors,
+        _OF_MODEL,
     ),
-    "loralib": Form("a loralib file", _starts(b"PK", b"\x80\x02"), _loralib, _save_loralib),
+    "loralib": Form(
+        "a loralib file",
+        _starts(b"PK", b"\x80\x02"),
+        _loralib,
+        _save_loralib,
+        (*_OF_MODEL, "alpha", "rank", "fused"),
+    ),
     "vllm": Form("a folder of PEFT that vLLM loads", None, None, _save_vllm),
     "merged-hf": Form("a Hugging Face folder with the update merged", None, None, _save_merged),
 }

@@ -144,9 +144,9 @@ def save(
 ) -> Path:
     """Write an adapter as `torch.save(loralib.lora_state_dict(model), file)` does.
 
-    The file tells neither rank nor alpha: make loralib's layers with those of the config. What
-    scales a site in another way (`rslora`, `alpha_pattern`) is folded into its B. Factors that keep
-    their start (PiSSA) become those of twice the rank, and so must the layer's `r` and alpha be.
+    Alpha is not in the file: make loralib's layers with the config's, and with r as the shapes are.
+    What scales a site in another way (`rslora`, `alpha_pattern`) is folded into its B. Factors that
+    keep their start (PiSSA) become those of twice the rank.
 
     Args:
       file: where.
