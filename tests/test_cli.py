@@ -185,6 +185,8 @@ def test_convert_casts_and_overwrites(films, tmp_path, capsys):
 def test_convert_writes_what_its_flag_names():
     written = {name for name, form in FORMS.items() if form.write}
     assert set(get_args(get_type_hints(Convert)["to"])) == written
+    page = (Path(__file__).parent.parent / "docs" / "convert.md").read_text()
+    assert all(f"| `{name}` |" in page for name in written)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +314,15 @@ def test_errors_are_one_line_and_status_2(argv, message, capsys, root, monkeypat
     assert said.err.count("\n") == 1
     assert "Traceback" not in said.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_other_packages_say_in_lines_becomes_one(monkeypatch, capsys):
+    def fail(argv):
+        raise DataError("not there: it said\n  no such name\nonline.")
+
+    monkeypatch.setattr("jaxlora.cli.fetch.run", fail)
+    assert run("fetch") == 2
+    assert capsys.readouterr().err == "jaxlora: not there: it said no such name online.\n"
 
 
 def test_a_damaged_file_writes_nothing(root, tmp_path, capsys):

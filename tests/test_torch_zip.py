@@ -3,6 +3,7 @@
 import io
 import pickle
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,22 @@ def test_writing_refuses_what_torch_has_not_and_files_that_are_there(tmp_path):
         torch_zip.write(tmp_path, {}, overwrite=True)
     torch_zip.write(file, {"y": SIX}, overwrite=True)
     assert list(torch_zip.read(file)) == ["y"]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_protocol_is_read(protocol, tmp_path):
+    data = {"step": 2**70, "rate": -0.5, "words": ["ä" * 300, (1, -1, None)], 3: {"on": True}}
+    file = written(tmp_path, zipped(pickle.dumps(data, protocol)))
+    assert torch_zip.read(file) == data
+
+
+def test_reading_needs_neither_torch_nor_safetensors():
+    code = (
+        "import sys, jaxlora.interop.loralib, jaxlora.interop.safetensors; "
+        "print({'torch', 'safetensors', 'huggingface_hub', 'transformers'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
 
 
 class Hostile:

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return importlib.import_module(f"jaxlora.cli.{name}").run(rest)
     except (LoraError, OSError) as e:
-        print(f"jaxlora: {e}", file=sys.stderr)
+        line = " ".join(part.strip() for part in str(e).splitlines())
+        print(f"jaxlora: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
