@@ -190,6 +190,34 @@ def test_layers_of_a_stack_may_differ_in_rank_and_alpha_or_be_left_out(tmp_path)
             np.testing.assert_allclose(update[n], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_biases_of_layers_that_a_stack_leaves_out_are_the_bases(tmp_path):
+    config = jl.LoraConfig(rank=2, targets="q_proj", layers=[1], bias="lora_only")
+    _, adapter = random_adapter(llama(attention_bias=True), config)
+    folder = peft.save(tmp_path / "out", adapter, llama(attention_bias=True))
+    model = llama(scan=True, attention_bias=True)
+    abstract, _ = random_adapter(model, jl.LoraConfig(targets="q_proj"))
+    with pytest.raises(AdapterError, match="keep the base's values, but that is abstract"):
+        peft.load(folder, model, abstract)
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), abstract)
+    bias = peft.load(folder, model, variables).values()["model/layers/self_attn/q_proj/bias_lora_w"]
+    np.testing.assert_array_equal(
+        bias[0], variables["params"]["model"]["layers"]["self_attn"]["q_proj"]["bias"][0]
+    )
+    np.testing.assert_array_equal(
+        bias[1], adapter.values()["model/layers_1/self_attn/q_proj/bias_lora_w"]
+    )
+
+
+def test_a_stack_cannot_hold_layers_that_differ_under_dora(tmp_path):
+    config = jl.LoraConfig(rank=2, targets="layers_1/.*/q_proj", dora=True)
+    _, adapter = random_adapter(llama(), config)
+    folder = peft.save(tmp_path / "out", adapter, llama())
+    variables, _ = random_adapter(llama(scan=True), jl.LoraConfig(targets="q_proj"))
+    with pytest.raises(CheckpointError, match="one stack cannot hold with DoRA"):
+        peft.load(folder, llama(scan=True), variables)
+
+
 def test_what_torch_has_no_form_for_becomes_an_equal_one(tmp_path):
     model = gpt2()
     mask = {"c_attn": (True, False, True)}

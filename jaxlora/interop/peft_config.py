@@ -4,6 +4,7 @@ The fields are those of PEFT 0.21.2's LoraConfig, and some that earlier versions
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -125,16 +126,33 @@ class PeftConfig:
 
     def rank(self, module: str) -> int:
         """The rank of a module."""
-        return _by_pattern(self.get("rank_pattern", {}), module, self.get("r", 8))
+        return self._by_pattern("rank_pattern", module, self.get("r", 8))
 
     def alpha(self, module: str) -> float:
         """The alpha of a module."""
-        return _by_pattern(self.get("alpha_pattern", {}), module, self.get("lora_alpha", 8))
+        return self._by_pattern("alpha_pattern", module, self.get("lora_alpha", 8))
 
     def scaling(self, module: str) -> float:
         """The factor before BA of a module."""
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.get("use_rslora") else rank)
+
+    def _by_pattern(self, field: str, module: str, default: Any) -> Any:
+        """What a field's patterns give for a module: the first that matches its end."""
+        for pattern, value in self._patterns[field]:
+            if pattern.match(module):
+                return value
+        return default
+
+    @functools.cached_property
+    def _patterns(self) -> dict[str, list[tuple[re.Pattern[str], Any]]]:
+        return {
+            field: [
+                (re.compile(rf"(.*\.)?({pattern})$"), value)
+                for pattern, value in self.get(field, {}).items()
+            ]
+            for field in ("rank_pattern", "alpha_pattern")
+        }
 
     def _excludes(self, module: str) -> bool:
         out = self.get("exclude_modules", [])
@@ -311,11 +329,3 @@ def _check_others(config: PeftConfig) -> None:
 
 def _ends(module: str, names: Iterable[str]) -> bool:
     return any(module.endswith(f".{name}") for name in names)
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """What PEFT's patterns give for a module: the first that matches its end."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

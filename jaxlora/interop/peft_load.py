@@ -15,7 +15,7 @@ from jaxlora.adapter import Adapter, Site, Spec, boxed_like
 from jaxlora.apply import base_params
 from jaxlora.config import LoraConfig
 from jaxlora.discover import trace
-from jaxlora.errors import CheckpointError, TargetError, listing
+from jaxlora.errors import AdapterError, CheckpointError, TargetError, listing
 from jaxlora.init import init_leaves
 from jaxlora.interop import factors
 from jaxlora.interop.peft_export import LINEAR, ROWS, TABLE, most_common
@@ -289,7 +289,13 @@ def _saved(
     """One layer of a leaf that is trained in full, or its rows in the order of their numbers."""
     path = place.leaf.path
     if name is None:
-        return np.asarray(tree.unboxed(base[path])[place.layer])
+        value = tree.unboxed(base[path])
+        if isinstance(value, jax.ShapeDtypeStruct):
+            raise AdapterError(
+                f"Some layers of {path} keep the base's values, but that is abstract, expected an "
+                "array. Pass concrete variables."
+            )
+        return np.asarray(value[place.layer])
     x = found.tensors[name]
     if place.leaf.rows:
         return x[np.argsort(row_numbers(found, name.removesuffix(f".{ROWS}")))]

@@ -171,13 +171,13 @@ def _problems_of_fields(fields: Mapping[str, Any], server: Server) -> Iterator[s
         yield f"modules_to_save is {fields['modules_to_save']!r}, which is refused."
     if fields.get("use_dora"):
         yield "use_dora is true, which is refused."
-    if fields.get("bias", "none") != "none":
+    if fields.get("bias") not in (None, "none"):
         yield f"bias is {fields['bias']!r}, which is refused."
     if fields.get("trainable_token_indices"):
         yield "trainable_token_indices is set, which is refused or ignored."
     for name, default in (("rank_pattern", rank), ("alpha_pattern", fields.get("lora_alpha"))):
         patterns = fields.get(name) or {}
-        if any(value != default for value in patterns.values()):
+        if not isinstance(patterns, dict) or any(x != default for x in patterns.values()):
             yield f"{name} is ignored: every module would get {default!r}."
     init = str(fields.get("init_lora_weights", True))
     if init.startswith(CHANGES_BASE) or (init in INITS and init != "gaussian"):
