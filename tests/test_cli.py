@@ -24,7 +24,7 @@ from jaxlora.cli.generate import run as generate
 from jaxlora.cli.main import COMMANDS
 from jaxlora.cli.options import fields_of, parse
 from jaxlora.cli.speakers import Speakers
-from jaxlora.errors import ConfigError, DataError
+from jaxlora.errors import CheckpointError, ConfigError, DataError
 from jaxlora.interop import safetensors, torch_zip, vllm
 from jaxlora.tasks import TASKS, load_run
 from tests import tiny
@@ -141,6 +141,16 @@ def test_convert_goes_round_through_every_form(films, root, tmp_path, capsys):
     wanted = jl.merge(expected.params, expected.adapter)
     for path, x in tree.items(wanted):
         np.testing.assert_array_equal(tree.flat(merged.params)[path], x)
+
+
+def test_convert_keeps_the_fingerprint_of_a_base_that_is_known(films, tmp_path):
+    other = tree.map_leaves(lambda _, x: x + 1, load_run(films).params)
+    assert run("convert", films, tmp_path / "orbax", "--to", "orbax") == 0
+    assert run("convert", films, tmp_path / "a.safetensors", "--to", "safetensors") == 0
+    with pytest.raises(CheckpointError, match=r"for a base of the same shapes with other values"):
+        jl.load_adapter(tmp_path / "orbax", params=other)
+    with pytest.raises(CheckpointError, match=r"for a base of the same shapes with other values"):
+        safetensors.load(tmp_path / "a.safetensors", other)
 
 
 def test_convert_reads_a_folder_of_peft_with_a_pickle(films, root, tmp_path):
