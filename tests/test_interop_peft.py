@@ -297,6 +297,51 @@ def test_a_head_tied_to_a_table_is_a_module_of_its_own_in_torch(tmp_path):
         peft.load(folder, model, variables)
 
 
+def test_a_heads_other_tensors_and_tables_of_another_base_are_refused(root):
+    model, variables = base("llama", False, str(root))
+    folder = unpack("llama/head", root / "llama-copies")
+    table = "model.embed_tokens.base_layer.weight"
+    there = tensors.read_tensors(folder)[f"base_model.model.{table}"]
+    peft.load(folder, model, variables)  # the copies of the base's tables are its own
+    change(folder, {f"base_model.model.{table}": there + 1})
+    with pytest.raises(
+        CheckpointError, match=r"embed_tokens.* with other values than this model's"
+    ):
+        peft.load(folder, model, variables)
+    change(folder, {f"base_model.model.{table}": np.concatenate([there, there[:1]])})
+    with pytest.raises(CheckpointError, match=r"of shape \(25, 16\) with other values"):
+        peft.load(folder, model, variables)
+    model, variables = base("llama_tied", False, str(root))
+    folder = unpack("llama_tied/tied", root / "llama-tied-head")
+    change(folder, {"base_model.model.lm_head.lora_magnitude_vector": there[:, 0]})
+    with pytest.raises(CheckpointError, match=r"Unexpected \(1\): lm_head.lora_magnitude_vector"):
+        peft.load(folder, model, variables)
+    change(
+        folder,
+        {
+            "base_model.model.lm_head.lora_magnitude_vector": None,
+            "base_model.model.lm_head.weight": there,
+        },
+    )
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' differs from the table"):
+        peft.load(folder, model, variables)
+
+
+def test_a_head_of_several_layers_is_one_module_to_save(root, tmp_path):
+    model, _ = base("roberta", False, str(root))
+    for saved, modules, task in (
+        ("classifier", ["classifier"], "SEQ_CLS"),
+        ("classifier/dense", ["classifier.dense"], None),
+        ("layer_0/mlp/norm", ["roberta.encoder.layer.0.output.LayerNorm"], None),
+    ):
+        config = jl.LoraConfig(rank=2, targets="query", modules_to_save=saved)
+        _, adapter = random_adapter(model, config)
+        folder = peft.save(tmp_path / "out", adapter, model, overwrite=True)
+        fields = json.loads((folder / FILE).read_text())
+        assert (fields["modules_to_save"], fields["task_type"]) == (modules, task)
+        assert fields["target_modules"] == ["query"]
+
+
 def test_a_table_that_another_model_attends_to_is_refused(tmp_path):
     class Tied(nn.Module):
         @nn.compact

@@ -182,7 +182,7 @@ def export(adapter: Adapter, model: Any, names: Names) -> Export:
         "ensure_weight_tying": bool(shared and tied and tied[0].endswith("embed_tokens")),
         "fan_in_fan_out": any(_stored_in_out(names, site.path) for site in spec.sites),
         "lora_dropout": config.dropout,
-        "task_type": _task(model, whole),
+        "task_type": _task(model, modules_of(whole, known)),
         "use_rslora": config.rslora,
     }
     _check_whole(whole, known)
@@ -228,10 +228,9 @@ def _check_whole(whole: Mapping[str, Any], known: Collection[str]) -> None:
         )
 
 
-def _task(model: Any, whole: Mapping[str, Any]) -> str | None:
+def _task(model: Any, saved: Collection[str]) -> str | None:
     """PEFT's task, which makes it look for a saved head where the task is to classify."""
-    kind = type(model).__name__
-    heads = {name.partition(".")[0] for name in whole} & {"classifier", "score"}
+    kind, heads = type(model).__name__, {"classifier", "score"} & set(saved)
     ends = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
     for end, task in ends.items():
         if kind.endswith(end):

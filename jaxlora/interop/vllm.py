@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxlora.errors import AdapterError, CheckpointError
-from jaxlora.interop.peft_config import CHANGES_BASE, FILE, INITS, NEUTRAL
+from jaxlora.interop.peft_config import ALL_LINEAR, CHANGES_BASE, FILE, INITS, NEUTRAL
 from jaxlora.interop.peft_export import PREFIX, Export, Module
 from jaxlora.interop.tensors import read_tensors
 
@@ -165,7 +165,8 @@ def _problems_of_fields(fields: Mapping[str, Any], server: Server) -> Iterator[s
         yield f"r is {rank}, {server.name} takes {MAX_RANK} at most."
     if fields.get("peft_type") != "LORA":
         yield f"peft_type is {fields.get('peft_type')!r}, expected 'LORA'."
-    if isinstance(fields.get("target_modules"), str) and not server.patterns:
+    target = fields.get("target_modules")
+    if isinstance(target, str) and target != ALL_LINEAR and not server.patterns:
         yield f"target_modules is a pattern, {server.name} takes a list of names."
     if fields.get("modules_to_save"):
         yield f"modules_to_save is {fields['modules_to_save']!r}, which is refused."
