@@ -6,15 +6,11 @@ writes under a temporary name and renames at the end, so a save that is killed l
 under the final name.
 """
 
-import dataclasses
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +21,19 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxlora import tree
-from jaxlora.adapter import Adapter, SavedLeaf, Site, Spec, boxed_like, check_base, check_leaves
-from jaxlora.config import LoraConfig
-from jaxlora.errors import AdapterError, CheckpointError, ConfigError, listing, nearest
-from jaxlora.layout import KernelLayout
-
-FORMAT = 1
-"""The version of the format. A reader refuses newer ones."""
+from jaxlora.about import (
+    check_format,
+    check_same_base,
+    check_stored,
+    check_sums,
+    damaged,
+    describe,
+    spec_of,
+)
+from jaxlora.adapter import Adapter, boxed_like, check_base, check_leaves
+from jaxlora.errors import CheckpointError, listing, nearest
 
 _LEAVES, _ABOUT = "params", "adapter"
-_SAMPLES = 1024  # elements of each base leaf that go into its fingerprint
 
 
 def save_adapter(
@@ -83,16 +82,9 @@ def save_adapter(
         raise CheckpointError(
             f"{final} is there and is no adapter, so it is not overwritten. Choose another path."
         )
-    leaves = adapter.values()
-    about = {
-        "format": FORMAT,
-        "versions": {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")},
-        "spec": _spec_to_dict(adapter.spec),
-        "checksums": {p: checksum(x) for p, x in leaves.items()},
-        "base": None if params is None else _fingerprint(params, adapter.spec),
-    }
+    about = describe(adapter, params, ("jax", "flax", "orbax-checkpoint"))
     everything = {
-        _LEAVES: ocp.args.StandardSave(tree.nested(leaves)),
+        _LEAVES: ocp.args.StandardSave(tree.nested(adapter.values())),
         _ABOUT: ocp.args.JsonSave(about),
     } | dict(items or {})
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -125,11 +117,11 @@ def load_adapter(path: str | os.PathLike[str], *, params: tree.Tree | None = Non
     """
     final = Path(path).absolute()
     about = _read_about(final)
-    spec = _spec_from_dict(about, final)
+    spec = spec_of(about, _about_file(final))
     stored = _stored_leaves(final)
-    _check_stored(final, stored, spec)
+    check_stored(final, {p: tuple(x.shape) for p, x in stored.items()}, spec)
     if params is not None:
-        _check_same_base(params, spec, about.get("base"), final)
+        check_same_base(params, spec, about.get("base"), final)
     leaves = restored(final, _LEAVES, stored, about["checksums"])
     if params is not None:
         base = tree.flat(params)
@@ -162,12 +154,7 @@ def restored(
     # Through the host: what Orbax restores is committed to its device, a fresh array is not,
     # and the two would take two entries of every jit cache.
     leaves = {p: jnp.asarray(np.asarray(x)) for p, x in tree.items(found[item])}
-    for p, x in leaves.items():
-        if checksums.get(p) != checksum(x):
-            raise CheckpointError(
-                f"{folder} is damaged: leaf {p} does not have the checksum that was saved with it. "
-                "Go back to an earlier checkpoint."
-            )
+    check_sums(folder, leaves, checksums)
     return leaves
 
 
@@ -209,15 +196,9 @@ def _read_about(folder: Path) -> dict[str, Any]:
         )
     try:
         about = json.loads(_about_file(folder).read_text())
-        found = about["format"]
-        if not isinstance(found, int) or not isinstance(about["checksums"], dict):
-            raise TypeError("format or checksums have the wrong type")
-    except (ValueError, KeyError, TypeError, OSError) as e:
+    except (ValueError, OSError) as e:
         raise damaged(_about_file(folder), e) from e
-    if found > FORMAT:
-        raise CheckpointError(
-            f"{folder} has format {found}, this jaxlora reads up to {FORMAT}. Upgrade jaxlora."
-        )
+    check_format(about, _about_file(folder))
     return about
 
 
@@ -228,112 +209,3 @@ def _stored_leaves(folder: Path) -> dict[str, Any]:
     except Exception as e:
         raise damaged(folder, e) from e
     return tree.flat(found)
-
-
-def _check_stored(folder: Path, stored: Mapping[str, Any], spec: Spec) -> None:
-    shapes = spec.leaf_shapes | spec.frozen_shapes
-    for path, shape in shapes.items():
-        if path not in stored:
-            raise CheckpointError(
-                f"{folder} lacks leaf {path}, which its spec names. "
-                f"Nearest: {listing(nearest(path, stored)) or 'there are no leaves'}."
-            )
-        found = tuple(stored[path].shape)
-        if found != shape:
-            raise CheckpointError(f"{folder}: leaf {path} has shape {found}, expected {shape}.")
-    extra = sorted(set(stored) - set(shapes))
-    if extra:
-        raise CheckpointError(f"{folder} holds leaves that its spec lacks: {listing(extra)}.")
-
-
-def _check_same_base(params: tree.Tree, spec: Spec, saved: Any, folder: Path) -> None:
-    try:
-        check_base(params, spec)
-    except AdapterError as e:
-        raise CheckpointError(f"{folder} does not fit these params. {e}") from e
-    if saved is None:
-        return
-    now = _fingerprint(params, spec)
-    if now["structure"] != saved["structure"]:
-        raise CheckpointError(
-            f"{folder} was saved for a base of {saved['leaves']} leaves and "
-            f"{saved['size']:,} parameters, these params have {now['leaves']} and "
-            f"{now['size']:,}, or other names or shapes. The adapted leaves would fit: "
-            "load without `params` if this is what you want."
-        )
-    other = [p for p, digest in now["content"].items() if saved["content"].get(p, digest) != digest]
-    if now["dtypes"] == saved["dtypes"] and other:
-        raise CheckpointError(
-            f"{folder} was saved for a base of the same shapes with other values in "
-            f"{listing(other)}. Expected the pretrained params that it was trained on, not merged "
-            "or fine-tuned ones; load without `params` if this is what you want."
-        )
-
-
-def _fingerprint(params: tree.Tree, spec: Spec) -> dict[str, Any]:
-    """What tells a base from another: names and shapes, dtypes, and a sample of the values.
-
-    Leaves that the adapter replaces are left out of the sample: a fresh head differs each time.
-    """
-    replaced = {leaf.path for leaf in spec.saved}
-    content, dtypes, shapes = {}, {}, {}
-    for path, leaf in tree.items(params):
-        x = jax.tree.leaves(leaf)[0]  # of a quantized kernel, the codes: nothing is dequantized
-        shapes[path], dtypes[path] = tree.aval(leaf), str(x.dtype)
-        concrete = isinstance(x, np.ndarray) or (
-            isinstance(x, jax.Array) and x.is_fully_addressable
-        )
-        if concrete and path not in replaced:
-            content[path] = checksum(x.ravel()[:: max(1, x.size // _SAMPLES)])
-    return {
-        "structure": _digest((path, x.shape) for path, x in shapes.items()),
-        "dtypes": _digest(dtypes.items()),
-        "content": content,
-        "leaves": len(shapes),
-        "size": tree.size(shapes),
-    }
-
-
-def _digest(rows: Any) -> str:
-    return hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()
-
-
-def checksum(x: Any) -> int:
-    """The crc32 of an array's bytes."""
-    return zlib.crc32(np.ascontiguousarray(jax.device_get(x)).tobytes())
-
-
-def damaged(where: Path, e: Exception) -> CheckpointError:
-    """The error about a checkpoint that cannot be read."""
-    said = str(e).strip().split("\n")[0][:300]
-    return CheckpointError(
-        f"{where} is damaged: {type(e).__name__}: {said}. Go back to an earlier checkpoint."
-    )
-
-
-def _spec_to_dict(spec: Spec) -> dict[str, Any]:
-    return {
-        "config": spec.config.to_dict(),
-        "sites": [dataclasses.asdict(site) for site in spec.sites],
-        "saved": [dataclasses.asdict(leaf) for leaf in spec.saved],
-    }
-
-
-def _spec_from_dict(about: Mapping[str, Any], folder: Path) -> Spec:
-    try:
-        fields = about["spec"]
-        sites = []
-        for site in fields["sites"]:
-            layout: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in site["layout"].items()
-            }
-            sites.append(Site(**(site | {"layout": KernelLayout(**layout)})))
-        saved = [
-            SavedLeaf(leaf["path"], tuple(leaf["shape"]), tuple(leaf["rows"]), leaf["axis"])
-            for leaf in fields["saved"]
-        ]
-        spec = Spec(LoraConfig.from_dict(fields["config"]), tuple(sites), tuple(saved))
-        spec.leaf_shapes  # noqa: B018  the layouts must make sense
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError) as e:
-        raise damaged(_about_file(folder), e) from e
-    return spec

@@ -18,14 +18,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxlora import tree
-from jaxlora.checkpoint import (
-    checksum,
-    damaged,
-    load_adapter,
-    recover,
-    restored,
-    save_adapter,
-)
+from jaxlora.about import checksum, damaged
+from jaxlora.checkpoint import load_adapter, recover, restored, save_adapter
 from jaxlora.errors import CheckpointError, listing
 from jaxlora.train import TrainState
 

@@ -245,7 +245,8 @@ def test_a_missing_leaf_is_named(saved):
 
     edited(saved, change)
     with pytest.raises(
-        CheckpointError, match=r"lacks leaf upper/kernel_lora_a, which its spec names. Nearest: up/"
+        CheckpointError,
+        match=r"lacks upper/kernel_lora_a, upper/kernel_lora_b, which its spec names. Nearest: up/",
     ):
         jl.load_adapter(saved)
 

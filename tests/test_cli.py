@@ -4,22 +4,28 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import pickle
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import jaxlora as jl
-from jaxlora import models
+from jaxlora import models, tree
 from jaxlora.cli import main
 from jaxlora.cli.chat import Chat, talk
+from jaxlora.cli.convert import Convert
+from jaxlora.cli.forms import FORMS
 from jaxlora.cli.generate import run as generate
 from jaxlora.cli.main import COMMANDS
 from jaxlora.cli.options import fields_of, parse
 from jaxlora.cli.speakers import Speakers
-from jaxlora.errors import ConfigError, DataError
+from jaxlora.errors import CheckpointError, ConfigError, DataError
+from jaxlora.interop import safetensors, torch_zip, vllm
 from jaxlora.tasks import TASKS, load_run
 from tests import tiny
 
@@ -106,6 +112,127 @@ def test_merge_writes_a_folder_that_loads(films, tmp_path, capsys):
     assert (given == trained.model.apply({"params": expected}, ids)).all()
     assert run("merge", films, "--out", tmp_path / "merged") == 2
     assert "exists, expected a new folder" in capsys.readouterr().err
+
+
+def assert_same(left, right):
+    assert left.spec.sites == right.spec.sites
+    assert left.spec.saved == right.spec.saved
+    assert {p: x.tolist() for p, x in left.values().items()} == {
+        p: x.tolist() for p, x in right.values().items()
+    }
+
+
+def test_convert_goes_round_through_every_form(films, root, tmp_path, capsys):
+    """Each form is read by what it is, and the last adapter is the first."""
+    base, expected = ["--base", root / "encoder"], load_run(films)
+    steps = [("orbax", []), ("a.safetensors", []), ("peft", base), ("a.loralib", [])]
+    steps += [("orbax-again", [*base, "--alpha", 4, "--rank", 2]), ("merged-hf", base)]
+    source = films
+    for name, flags in steps:
+        target, form = tmp_path / name, name.removeprefix("a.").removesuffix("-again")
+        assert run("convert", source, target, "--to", form, *flags) == 0
+        shown = "".join(capsys.readouterr().out.split())
+        assert re.search(r"ranks.2\(12\)", shown.replace("│", "."))
+        assert "encoder/layer_*/attention/query/kernel(2)" in shown.replace("│", "")
+        source = target
+    found = jl.load_adapter(tmp_path / "orbax-again", params=expected.params)
+    assert_same(found, expected.adapter)
+    merged = models.from_pretrained(tmp_path / "merged-hf", head="classification")
+    wanted = jl.merge(expected.params, expected.adapter)
+    for path, x in tree.items(wanted):
+        np.testing.assert_array_equal(tree.flat(merged.params)[path], x)
+
+
+def test_convert_keeps_the_fingerprint_of_a_base_that_is_known(films, tmp_path):
+    other = tree.map_leaves(lambda _, x: x + 1, load_run(films).params)
+    assert run("convert", films, tmp_path / "orbax", "--to", "orbax") == 0
+    assert run("convert", films, tmp_path / "a.safetensors", "--to", "safetensors") == 0
+    with pytest.raises(CheckpointError, match=r"for a base of the same shapes with other values"):
+        jl.load_adapter(tmp_path / "orbax", params=other)
+    with pytest.raises(CheckpointError, match=r"for a base of the same shapes with other values"):
+        safetensors.load(tmp_path / "a.safetensors", other)
+
+
+def test_convert_reads_a_folder_of_peft_with_a_pickle(films, root, tmp_path):
+    folder, expected = tmp_path / "peft", load_run(films)
+    assert run("convert", films, folder, "--to", "peft") == 0
+    tensors = load_file(folder / "adapter_model.safetensors")
+    torch_zip.write(folder / "adapter_model.bin", tensors)
+    (folder / "adapter_model.safetensors").unlink()
+    assert run("convert", folder, tmp_path / "orbax", "--to", "orbax") == 0
+    assert_same(jl.load_adapter(tmp_path / "orbax", params=expected.params), expected.adapter)
+
+
+def test_convert_to_vllm(films, persona, tmp_path, capsys):
+    assert run("convert", persona, tmp_path / "served", "--to", "vllm") == 0
+    assert vllm.check(tmp_path / "served") == []
+    assert run("convert", films, tmp_path / "refused", "--to", "vllm") == 2
+    assert "classifier" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
+def test_convert_never_writes_over_its_source(films, root, capsys):
+    before = sorted(films.rglob("*"))
+    for target in (films, films.parent):
+        assert run("convert", films, target, "--to", "peft", "--overwrite") == 2
+        assert f"{target} holds the source, expected another place" in capsys.readouterr().err
+    assert run("convert", films, films / "x", "--to", "peft", "--base", root / "encoder") == 2
+    assert "base is given, and a training run has no use for it" in capsys.readouterr().err
+    assert sorted(films.rglob("*")) == before
+
+
+def test_convert_casts_and_overwrites(films, tmp_path, capsys):
+    target = tmp_path / "narrow.safetensors"
+    argv = ["convert", films, target, "--to", "safetensors", "--checkpoint", "last"]
+    assert run(*argv) == 0
+    assert run(*argv) == 2
+    assert "narrow.safetensors is there already" in capsys.readouterr().err
+    assert run(*argv, "--overwrite", "--dtype", "bfloat16") == 0
+    assert "of bfloat16" in capsys.readouterr().out
+    assert safetensors.load(target).spec.config.param_dtype == "bfloat16"
+
+
+def test_convert_writes_what_its_flag_names():
+    written = {name for name, form in FORMS.items() if form.write}
+    assert set(get_args(get_type_hints(Convert)["to"])) == written
+    page = (Path(__file__).parent.parent / "docs" / "convert.md").read_text()
+    assert all(f"| `{name}` |" in page for name in written)
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "message"),
+    [
+        ("nowhere", [], r"nowhere is not there, expected one of: a training run; an Orbax check"),
+        ("empty", [], r"empty is a folder of nothing, expected one of"),
+        ("note.txt", [], r"note.txt is a file of another kind, expected one of"),
+        ("old.pt", ["--alpha", 1, "--base", "x"], r"old.pt is in torch's format from before 1.6"),
+        ("lora.pt", ["--alpha", 1], r"base is None, and a loralib file does not hold it. Pass --b"),
+        ("lora.pt", ["--base", "x"], r"alpha is None, and a loralib file does not hold it"),
+        ("cut.safetensors", [], r"cut.safetensors is damaged or cut short \(3 bytes\)"),
+        ("bare.safetensors", [], r"base is None, expected the model: to write a folder of PEFT"),
+        ("lora.pt", ["--base", "ENCODER", "--alpha", 1, "--fused", "q=2"], r"fused is 'q=2', expe"),
+        (
+            "bare.safetensors",
+            ["--alpha", 1],
+            r"alpha is given, and bare safetensors has no use for",
+        ),
+    ],
+)
+def test_convert_says_what_is_wrong_and_writes_nothing(
+    source, flags, message, films, root, tmp_path, capsys
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "note.txt").write_text("note")
+    (tmp_path / "old.pt").write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2))
+    (tmp_path / "cut.safetensors").write_bytes(b"abc")
+    torch_zip.write(
+        tmp_path / "lora.pt", {"q.lora_A": np.ones((1, 2)), "q.lora_B": np.ones((2, 1))}
+    )
+    safetensors.save(tmp_path / "bare.safetensors", load_run(films).adapter)
+    flags = [root / "encoder" if flag == "ENCODER" else flag for flag in flags]
+    assert run("convert", tmp_path / source, tmp_path / "new", "--to", "peft", *flags) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_resumes_with_its_own_settings(films, capsys):
@@ -197,6 +324,15 @@ def test_errors_are_one_line_and_status_2(argv, message, capsys, root, monkeypat
     assert said.err.count("\n") == 1
     assert "Traceback" not in said.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_other_packages_say_in_lines_becomes_one(monkeypatch, capsys):
+    def fail(argv):
+        raise DataError("not there: it said\n  no such name\nonline.")
+
+    monkeypatch.setattr("jaxlora.cli.fetch.run", fail)
+    assert run("fetch") == 2
+    assert capsys.readouterr().err == "jaxlora: not there: it said no such name online.\n"
 
 
 def test_a_damaged_file_writes_nothing(root, tmp_path, capsys):

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxlora import runs
 from jaxlora.adapter import Spec
 from jaxlora.checkpoint import load_adapter
+from jaxlora.cli import show
 from jaxlora.cli.options import parse, positional
-from jaxlora.errors import optional
 from jaxlora.plan import plan
 from jaxlora.tasks.base import Settings, adapter_config, load_model
 
@@ -49,16 +49,12 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run(path: Path) -> None:
-    table = _rich("table").Table("setting", "value", title=str(path))
-    for name, value in runs.read_config(path).items():
-        table.add_row(name, str(value))
-    _print(table)
+    settings = runs.read_config(path).items()
+    show.table(str(path), ("setting", "value"), [(name, str(value)) for name, value in settings])
     scores = [row for row in runs.Run(path, resume=True).history() if _is_evaluation(row)]
     if scores:
-        table = _rich("table").Table(*scores[-1], title="evaluations")
-        for row in scores:
-            table.add_row(*(f"{value:.4g}" for value in row.values()))
-        _print(table)
+        rows = [[f"{value:.4g}" for value in row.values()] for row in scores]
+        show.table("evaluations", list(scores[-1]), rows)
     there = [name for name in (runs.BEST, runs.LAST) if (path / name).is_dir()]
     if there:
         _adapter(path / there[0])
@@ -71,30 +67,24 @@ def _is_evaluation(row: dict[str, float]) -> bool:
 def _adapter(path: Path) -> None:
     spec = load_adapter(path).spec
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    _print(_sites(spec, str(path)))
+    columns = ("path", "kind", "kernel", "rank", "scaling", "params")
+    show.table(str(path), columns, _sites(spec))
     shapes = spec.leaf_shapes
     bytes_of = jnp.dtype(spec.config.param_dtype).itemsize
     count = sum(map(math.prod, shapes.values()))
-    _print(
+    show.line(
         f"{len(spec.sites)} kernels, {len(spec.saved)} leaves trained in full, {count:,} parameters"
         f" of {count * bytes_of / 1e6:.2f} MB; the checkpoint has {size / 1e6:.2f} MB"
     )
 
 
-def _sites(spec: Spec, title: str) -> Any:
-    table = _rich("table").Table(title=title)
-    for name in ("path", "kind", "kernel", "rank", "scaling", "params"):
-        table.add_column(name, overflow="fold")
+def _sites(spec: Spec) -> Iterator[tuple[str, ...]]:
     for site in spec.sites:
         count = sum(map(math.prod, site.leaf_shapes(site.trained).values()))
         shape = str(site.layout.shape)
-        table.add_row(
-            site.path, site.kind, shape, str(site.rank), f"{site.scaling:g}", f"{count:,}"
-        )
+        yield site.path, site.kind, shape, str(site.rank), f"{site.scaling:g}", f"{count:,}"
     for leaf in spec.saved:
-        count = math.prod(leaf.leaf_shape)
-        table.add_row(leaf.path, "in full", str(leaf.shape), "", "", f"{count:,}")
-    return table
+        yield leaf.path, "in full", str(leaf.shape), "", "", f"{math.prod(leaf.leaf_shape):,}"
 
 
 def _model(options: Inspect) -> None:
@@ -103,12 +93,4 @@ def _model(options: Inspect) -> None:
     settings = Settings(rank=options.rank, targets=options.targets)
     config = adapter_config(settings, params)
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    _print(str(plan(model, {"params": params}, config, example)))
-
-
-def _rich(module: str) -> Any:
-    return optional(f"rich.{module}", "The command line", "train")
-
-
-def _print(what: Any) -> None:
-    _rich("console").Console().print(what, markup=False, highlight=False, soft_wrap=True)
+    show.line(str(plan(model, {"params": params}, config, example)))

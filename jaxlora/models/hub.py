@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,13 @@ _DOWNLOADED = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def resolve(dir_or_hub_id: str | Path, revision: str | None = None) -> Path:
+def resolve(
+    dir_or_hub_id: str | Path,
+    revision: str | None = None,
+    *,
+    files: Iterable[str] = _DOWNLOADED,
+    holds: str = f"config.json and {WEIGHTS}",
+) -> Path:
     """Give the local folder of a model, downloading it from the Hugging Face hub if need be.
 
     A folder that exists is taken as it is. Of a hub repository only config.json, the safetensors
@@ -36,6 +42,8 @@ def resolve(dir_or_hub_id: str | Path, revision: str | None = None) -> Path:
     Args:
       dir_or_hub_id: a folder, or an id such as "google-bert/bert-base-uncased".
       revision: a branch, tag or commit of the hub repository; a local folder has none.
+      files: patterns of the files to download.
+      holds: what such a folder holds, for messages.
 
     Returns:
       The folder.
@@ -52,19 +60,15 @@ def resolve(dir_or_hub_id: str | Path, revision: str | None = None) -> Path:
             )
         return folder
     if folder.exists():
-        raise CheckpointError(
-            f"{folder} is a file, expected the folder that holds config.json and {WEIGHTS}."
-        )
+        raise CheckpointError(f"{folder} is a file, expected the folder that holds {holds}.")
     if isinstance(dir_or_hub_id, Path) or not _HUB_ID.fullmatch(dir_or_hub_id):
         raise CheckpointError(
-            f"There is no folder {folder}. Expected a folder with config.json and {WEIGHTS}, or a "
-            "hub id such as 'google-bert/bert-base-uncased'."
+            f"There is no folder {folder}. Expected a folder with {holds}, or a hub id such as "
+            "'google-bert/bert-base-uncased'."
         )
     hub = optional("huggingface_hub", f"Downloading '{dir_or_hub_id}'")
     try:
-        found = hub.snapshot_download(
-            dir_or_hub_id, revision=revision, allow_patterns=list(_DOWNLOADED)
-        )
+        found = hub.snapshot_download(dir_or_hub_id, revision=revision, allow_patterns=list(files))
     except (OSError, ValueError) as e:
         raise CheckpointError(
             f"'{dir_or_hub_id}' is no local folder, and could not be had from the hub: {e}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-_NUMBER = re.compile(r"_(\d+)(?=/|$)")
+_NUMBER = re.compile(r"(?<![^_/])(\d+)(?=/|$)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,11 @@ class Names:
             return None if "{}" in path else self.modules[path]
         for number in _NUMBER.finditer(path):  # more than one: h_0/ln_1
             start, end = number.span()
-            if (name := self.modules.get(f"{path[:start]}_{{}}{path[end:]}")) is not None:
+            if (name := self.modules.get(f"{path[:start]}{{}}{path[end:]}")) is not None:
                 return name.format(number.group(1))
-        stacked = {ours.replace("_{}", ""): n for ours, n in self.modules.items() if "{}" in ours}
+        stacked = {
+            ours.replace("_{}", "").replace("/{}", ""): n
+            for ours, n in self.modules.items()
+            if "{}" in ours
+        }
         return stacked.get(path)

@@ -1,9 +1,10 @@
 """`save_pretrained`: a model as a folder in Hugging Face's form."""
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,24 +56,41 @@ def save_pretrained(
       >>> models.from_pretrained(folder).model == model
       True
     """
-    folder = Path(folder).expanduser().absolute()
-    if folder.exists() and not overwrite:
-        raise CheckpointError(f"{folder} exists, expected a new folder. Pass overwrite=True.")
+    folder = new_folder(folder, overwrite)
     arch = architecture_of(model)
     config_json = _config_json(arch, model, params, labels, tokenizer)
     state = weights.to_torch(params, arch.names, type(model).__name__)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
+    with written_whole(folder) as new:
         (new / "config.json").write_text(json.dumps(config_json, indent=2, sort_keys=True) + "\n")
         weights.write(new, state)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))
+    return folder
+
+
+def new_folder(folder: str | Path, overwrite: bool) -> Path:
+    """The absolute path of a folder that is to be written.
+
+    Raises:
+      CheckpointError: it exists, and is not to be replaced.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if folder.exists() and not overwrite:
+        raise CheckpointError(f"{folder} exists, expected a new folder. Pass overwrite=True.")
+    return folder
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write to, which takes the place of `folder` when all is written."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        yield new
         if folder.exists():
             folder.rename(Path(temporary) / "old")
         shutil.move(new, folder)
-    return folder
 
 
 def _config_json(

@@ -127,6 +127,19 @@ class Problem:
 
 
 def load_model(name: str, **options: Any) -> Any:
+    """Load a model with its tokenizer, as `pretrained` does.
+
+    Raises:
+      ConfigError: the name is that of data, or the model has no tokenizer.
+      CheckpointError: there is no such model.
+    """
+    found = pretrained(name, **options)
+    if found[2] is None:
+        raise ConfigError(f"Model {name} has no tokenizer, expected one beside its weights.")
+    return found
+
+
+def pretrained(name: str, **options: Any) -> Any:
     """Load a model by a name of `jaxlora fetch`, a folder, a GGUF file or a hub id.
 
     Args:
@@ -134,11 +147,11 @@ def load_model(name: str, **options: Any) -> Any:
       **options: of `jaxlora.models.from_pretrained`.
 
     Returns:
-      (model, params, tokenizer).
+      (model, params, tokenizer), the tokenizer None if there is none.
 
     Raises:
       ConfigError: the name is that of data.
-      CheckpointError: there is no such model, or it has no tokenizer.
+      CheckpointError: there is no such model.
     """
     source: str | Path = name
     if name in ASSETS and not Path(name).exists():
@@ -146,10 +159,7 @@ def load_model(name: str, **options: Any) -> Any:
             raise ConfigError("Model is 'reviews', which is data, expected a model.")
         folder = fetch(name)
         source = next(iter(sorted(folder.glob("*.gguf"))), folder)
-    pretrained = models.from_pretrained(source, **options)
-    if pretrained[2] is None:
-        raise ConfigError(f"Model {name} has no tokenizer, expected one beside its weights.")
-    return pretrained
+    return models.from_pretrained(source, **options)
 
 
 def adapter_config(settings: Settings, params: Any, head: Sequence[str] = ()) -> LoraConfig:
