@@ -80,4 +80,5 @@ def in_turn(
 def progress() -> Progress:
     """A bar with what is done, in the terminal only and gone at the end."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    bar = (*columns, TimeRemainingColumn())
+    return Progress(*bar, console=console, transient=True, disable=not console.is_terminal)

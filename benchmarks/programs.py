@@ -62,6 +62,7 @@ def program(fn: Callable[..., Any], *args: Any, carried: int = 0) -> Program:
       carried: how many arguments go round from run to run.
     """
     kept = jax.tree.map(lambda x: x.copy(), args[:carried])
+    jax.clear_caches()  # so that no way is traced with what another left behind
     start = time.perf_counter()
     lowered = jax.jit(fn, donate_argnums=tuple(range(carried))).lower(*args)
     traced = time.perf_counter()
