@@ -1,192 +1,194 @@
-"""A LoRA step against full fine-tuning, and unmerged and merged inference against the base.
+"""A LoRA training step against full fine-tuning, ours and the peers', on the same decoder.
 
-    python benchmarks/step.py [--width 512] [--tokens 512] [--ranks 8 64]
+    python -m benchmarks.step                      # the default cases, below 8 minutes on 2 cores
+    python -m benchmarks.step --cases dropout bf16
+    python -m benchmarks.step --full               # every combination: many hours
 
-All ways run in turn within one process; the ratios count, the absolute times are the machine's.
-Prints a table and writes JSON with the machine and the versions.
+All the ways of a case run in turn within one process and their ratios count. The FLOPs are those
+of the compiled products, over the fewest that the step can do with (floor.py).
 """
 
 import argparse
 import dataclasses
-import json
-import os
-import platform
-import statistics
-import time
-from importlib.metadata import version
+import itertools
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
-from rich.console import Console
-from rich.table import Table
 
-import jaxlora as jl
+from benchmarks import floor, results
+from benchmarks.decoder import Shape
+from benchmarks.measuring import Times, in_turn, progress
+from benchmarks.programs import Program
+from benchmarks.ways import WAYS, Lora, fits
 
-
-class Decoder(nn.Module):
-    """Pre-norm decoder layers: six linear kernels each."""
-
-    layers: int
-    width: int
-    heads: int = 8
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, sequence, width) to the same."""
-        for i in range(self.layers):
-            y = nn.LayerNorm(name=f"norm_a_{i}")(x)
-            q, k, v = (
-                nn.DenseGeneral((self.heads, self.width // self.heads), name=f"{name}_{i}")(y)
-                for name in ("query", "key", "value")
-            )
-            y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-            x = x + nn.DenseGeneral(self.width, axis=(-2, -1), name=f"out_{i}")(y)
-            y = nn.gelu(
-                nn.Dense(4 * self.width, name=f"up_{i}")(nn.LayerNorm(name=f"norm_b_{i}")(x))
-            )
-            x = x + nn.Dense(self.width, name=f"down_{i}")(y)
-        return x
+PEERS = ("Qwix", "nnx.LoRA", "interceptor")
+TARGETS = {"all": floor.ALL, "q,v": ("query", "value")}
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One table: full fine-tuning and adapters on the same batch.
+
+    Attributes:
+      tokens: in a batch.
+      sequence: tokens of one sequence.
+      adapters: (targets, rank, ways) to compare.
+      baselines: the ways to train everything.
+    """
+
+    tokens: int = 512
+    sequence: int = 128
+    dtype: str = "float32"
+    scan: bool = False
+    remat: bool = False
+    dropout: float = 0.0
+    adapters: tuple[tuple[str, int, tuple[str, ...]], ...] = (("all", 8, ("jaxlora", "Qwix")),)
+    baselines: tuple[str, ...] = ("full",)
+
+    @property
+    def title(self) -> str:
+        """What differs from case to case."""
+        words = [f"{self.tokens:,} tokens in sequences of {self.sequence}", self.dtype]
+        words += ["scanned"] * self.scan + ["remat"] * self.remat
+        return ", ".join(words + [f"adapter dropout {self.dropout}"] * bool(self.dropout))
+
+
+ALL_WAYS = (("q,v", 8, ("jaxlora", *PEERS)), ("all", 8, ("jaxlora", "jaxlora, flat", *PEERS)))
+BOTH = ("full", "full, flat")
+CASES = {
+    "512": Case(
+        adapters=(
+            *ALL_WAYS,
+            ("all", 1, ("jaxlora",)),
+            ("all", 64, ("jaxlora", "Qwix")),
+            ("all", 256, ("jaxlora",)),
+        ),
+        baselines=BOTH,
+    ),
+    "2048": Case(tokens=2048, sequence=512, adapters=ALL_WAYS, baselines=BOTH),
+    "scan": Case(scan=True, adapters=(("all", 8, ("jaxlora", "Qwix", "interceptor")),)),
+    "remat": Case(scan=True, remat=True),
+    "dropout": Case(dropout=0.1),
+    "bf16": Case(dtype="bfloat16"),
+}
+"""The default cases, by the names that --cases takes."""
+
+
+def every_case() -> dict[str, Case]:
+    """All combinations of the settings, targets, ranks and ways."""
+    adapters = tuple(
+        (name, rank, ("jaxlora", *PEERS)) for name in TARGETS for rank in (1, 8, 64, 256)
+    )
+    settings = itertools.product(
+        (512, 2048, 8192), (128, 512), ("float32", "bfloat16"), *[(False, True)] * 2, (0.0, 0.1)
+    )
+    cases = [Case(*setting, adapters=adapters, baselines=BOTH) for setting in settings]
+    return {case.title: case for case in cases}
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--full", action="store_true", help="every combination instead")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--tokens", type=int, help="tokens of all the cases, for a trial")
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/step.json"))
-    parser.add_argument("--markdown", type=Path, help="write the table as a page, too")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
-    rows = measure(options)
-    table = Table("way", "ms", "of full or base", "FLOPs of full or base")
-    for row in rows:
-        table.add_row(row["way"], f"{row['ms']:.1f}", f"{row['time']:.2f}", f"{row['flops']:.2f}")
-    Console().print(table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "markdown")}
-    options.out.write_text(
-        json.dumps({"rows": rows, "settings": settings, "machine": machine()}, indent=2)
+    chosen = every_case() if options.full else {name: CASES[name] for name in options.cases}
+    tables = []
+    for case in chosen.values():
+        if options.tokens:
+            sequence = min(case.sequence, options.tokens)
+            case = dataclasses.replace(case, tokens=options.tokens, sequence=sequence)
+        tables.append(measured(case, options))
+    results.write(
+        options.out,
+        "Training step",
+        f"{options.layers} pre-norm decoder layers of width {options.width}, six linear kernels "
+        "each, adam; forward, backward and update in one program whose buffers are donated. "
+        "step / full is the median over the rounds, 10-90 % its spread, at best the ratio of the "
+        "fastest rounds. FLOPs / floor: the compiled products over those that the arithmetic "
+        "cannot do without. Memory is XLA's temporary memory.",
+        tables,
+        device=jax.devices()[0].device_kind,
+        settings=vars(options),
     )
-    print(f"written to {options.out}")
-    if options.markdown:
-        options.markdown.write_text(markdown(rows, options))
-        print(f"written to {options.markdown}")
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    model = Decoder(options.layers, options.width)
-    x = jax.random.normal(jax.random.key(0), (4, options.tokens // 4, options.width))
-    variables = model.init(jax.random.key(1), x)
-    tx = optax.adam(1e-4)
+def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """The table of a case."""
+    shape = Shape(
+        options.layers,
+        options.width,
+        options.heads,
+        jnp.dtype(case.dtype),
+        scan=case.scan,
+        remat=case.remat,
+    )
+    x = jax.random.normal(
+        jax.random.key(0), (case.tokens // case.sequence, case.sequence, options.width), shape.dtype
+    )
+    wanted: list[tuple[str, Lora | None]] = [(way, None) for way in case.baselines]
+    for name, rank, ways in case.adapters:
+        lora = Lora(name, TARGETS[name], rank, case.dropout)
+        wanted += [(way, lora) for way in ways if fits(way, shape, lora)]
 
-    def full_loss(params: Any) -> jax.Array:
-        return jnp.mean(jnp.square(jnp.asarray(model.apply({"params": params}, x))))
-
-    def full_step(params: Any, state: Any) -> Any:
-        grads = jax.grad(full_loss)(params)
-        updates, state = tx.update(grads, state)
-        return optax.apply_updates(params, updates), state
-
-    params = variables["params"]
-    steps: dict[str, Any] = {
-        "full": (compiled(full_step, params, tx.init(params)), (params, tx.init(params)))
-    }
-    base = compiled(lambda v: model.apply(v, x), variables)
-    runs: dict[str, Any] = {"base": (base, (variables,))}
-    for targets, name in (("all-linear", "all"), (r"(query|value)_\d+", "q,v")):
-        for rank in options.ranks:
-            config = jl.LoraConfig(rank=rank, targets=targets)
-            adapter = jl.lora_init(jax.random.key(2), model, variables, config, x)
-
-            def step(adapter: Any, state: Any, base: Any) -> Any:
-                def loss(adapter: Any) -> jax.Array:
-                    return jnp.mean(jl.lora_apply(model, base, adapter, x) ** 2)
-
-                grads = jax.grad(loss)(adapter)
-                updates, state = tx.update(grads.params, state)
-                params = optax.apply_updates(adapter.params, updates)
-                return dataclasses.replace(adapter, params=params), state
-
-            args: Any = (adapter, tx.init(adapter.params), variables)
-            steps[f"LoRA {name} r={rank}"] = (compiled(step, *args), args)
-            if name == "all":
-                args = (variables, adapter)
-                unmerged = compiled(lambda v, a: jl.lora_apply(model, v, a, x), *args)
-                runs[f"unmerged {name} r={rank}"] = (unmerged, args)
-                folded = {"params": jl.merge(variables["params"], adapter)}
-                runs[f"merged {name} r={rank}"] = (base, (folded,))
-    rows = compare("step", steps, options.rounds) + compare("inference", runs, options.rounds)
-    return rows
+    programs: dict[str, Program] = {}
+    floors, labels = {}, {}
+    with progress() as bar:
+        for way, lora in bar.track(wanted, description=f"compiling: {case.title}"):
+            key = f"{way} {lora}"
+            programs[key] = WAYS[way](shape, x, lora)
+            labels[key] = way if lora is None else f"{way}, {lora.name} r={lora.rank}"
+            sizes = case.tokens, case.sequence
+            floors[key] = (
+                floor.full(shape, *sizes)
+                if lora is None
+                else floor.lora(shape, *sizes, lora.targets, lora.rank)
+            )
+    times = in_turn({k: p.__call__ for k, p in programs.items()}, options.rounds, case.title)
+    return table(case.title, labels, programs, times, floors)
 
 
-def compiled(fn: Any, *args: Any) -> Any:
-    return jax.jit(fn).lower(*args).compile()
-
-
-def compare(kind: str, ways: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
-    """Medians of the ways run in turn, and ratios to the first."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for run, args in ways.values():
-        jax.block_until_ready(run(*args))
-    for _ in range(rounds):
-        for name, (run, args) in ways.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(*args))
-            times[name].append(time.perf_counter() - start)
-    flops = {name: run.cost_analysis()["flops"] for name, (run, _) in ways.items()}
-    first = next(iter(ways))
-    return [
-        {
-            "way": f"{kind}: {name}",
-            "ms": 1e3 * statistics.median(seconds),
-            "spread_ms": 1e3 * (max(seconds) - min(seconds)),
-            "time": statistics.median(a / b for a, b in zip(seconds, times[first], strict=True)),
-            "flops": flops[name] / flops[first],
-        }
-        for name, seconds in times.items()
-    ]
-
-
-def markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """The page BENCHMARKS.md."""
-    at = machine()
-    versions = ", ".join(f"{name} {number}" for name, number in at["versions"].items())
-    lines = [
-        "# Benchmarks",
-        "",
-        "Made by `make bench`; not edited by hand. Ratios are medians within one run, all ways in",
-        "turn; absolute times are the machine's and mean little.",
-        "",
-        f"{options.layers} decoder layers of width {options.width}, {options.tokens} tokens,",
-        f"float32, all six linear kernels of a layer or query and value; {at['device']},",
-        f"{at['cores']} cores ({at['platform']}); {versions}.",
-        "",
-        "| way | ms | of full or base | FLOPs of full or base |",
-        "|---|---|---|---|",
-        *(
-            f"| {row['way']} | {row['ms']:.1f} | {row['time']:.2f} | {row['flops']:.2f} |"
-            for row in rows
-        ),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "platform": platform.machine(),
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-    }
+def table(
+    title: str,
+    labels: dict[str, str],
+    programs: dict[str, Program],
+    times: dict[str, Times],
+    floors: dict[str, int],
+) -> dict[str, Any]:
+    """The rows, the ratios first; the first way is what the others are compared with."""
+    first = next(iter(labels))
+    rows = []
+    for key, label in labels.items():
+        program, own, base = programs[key], times[key], times[first]
+        base_temp = programs[first].temp_mib
+        rows.append(
+            [
+                label,
+                own.over(base),
+                own.spread(base),
+                own.over_at_best(base),
+                program.dot_flops / programs[first].dot_flops,
+                f"{program.dot_flops / floors[key]:.3f}",
+                program.temp_mib / base_temp if base_temp and program.temp_mib else None,
+                program.temp_mib,
+                program.trace_seconds,
+                program.compile_seconds,
+                own.median_ms,
+            ]
+        )
+    columns = ["way", "step / full", "10-90 %", "at best", "FLOPs / full", "FLOPs / floor"]
+    columns += ["memory / full", "memory, MiB", "trace, s", "compile, s", "ms"]
+    return results.table(title, columns, rows)
 
 
 if __name__ == "__main__":
