@@ -17,10 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from benchmarks.measuring import progress
 
 import jaxlora as jl
 from benchmarks import results
+from benchmarks.measuring import progress
 from jaxlora import models
 
 Step = tuple[Callable[..., Any], tuple[Any, ...]]

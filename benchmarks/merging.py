@@ -16,11 +16,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from benchmarks.measuring import Times, in_turn, progress
 from safetensors.flax import load_file, save_file
 
 import jaxlora as jl
 from benchmarks import results
+from benchmarks.measuring import Times, in_turn, progress
 from jaxlora import tree
 
 IN_PLACE = "merge in the base's buffers"
