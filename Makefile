@@ -22,12 +22,14 @@ test: $(VENV)/.dev ## lint, type-check and run all the tests
 
 test-interop: $(VENV)/.dev $(TORCH)/.installed ## compare with torch, PEFT and loralib, run anew with another seed
 	mkdir -p $(TORCH)/references
-	for library in peft loralib; do \
+	for library in peft loralib loralib_files; do \
 	  $(TORCH)/bin/python tests/references/make_$$library.py $(TORCH)/references 1 || exit 1; done
-	JAXLORA_REFERENCES=$(TORCH)/references $(BIN)/python -m pytest tests/test_parity.py
-	rm -rf $(TORCH)/saved && mkdir $(TORCH)/saved
-	$(BIN)/python tests/references/check_saved.py write $(TORCH)/saved
-	$(TORCH)/bin/python tests/references/check_saved.py check $(TORCH)/saved
+	JAXLORA_REFERENCES=$(TORCH)/references $(BIN)/python -m pytest \
+	  tests/test_parity.py tests/test_interop_loralib.py
+	for form in saved peft loralib; do \
+	  rm -rf $(TORCH)/$$form && mkdir $(TORCH)/$$form && \
+	  $(BIN)/python tests/references/check_$$form.py write $(TORCH)/$$form && \
+	  $(TORCH)/bin/python tests/references/check_$$form.py check $(TORCH)/$$form || exit 1; done
 
 lint: $(VENV)/.dev ## format and lint in place
 	$(BIN)/ruff check --fix .
