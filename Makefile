@@ -4,7 +4,7 @@ VENV := .venv
 TORCH := .venv-torch
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-interop lint bench bench-quality clean
+.PHONY: help install demo test test-interop lint bench bench-torch bench-quality clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,8 +36,13 @@ lint: $(VENV)/.dev ## format and lint in place
 	$(BIN)/ruff format .
 	$(BIN)/pyright
 
-bench: $(VENV)/.dev ## time a LoRA step against full fine-tuning, merged against unmerged
-	$(BIN)/python benchmarks/step.py --markdown BENCHMARKS.md
+bench: $(VENV)/.dev ## time everything and make BENCHMARKS.md (about 15 minutes; a torch part: make bench-torch)
+	for name in step inference growth; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	$(BIN)/python -m benchmarks.report
+
+bench-torch: $(VENV)/.dev $(TORCH)/.installed ## the training step in torch and PEFT, and BENCHMARKS.md again (about 3 minutes)
+	$(TORCH)/bin/python -m benchmarks.step_torch
+	$(BIN)/python -m benchmarks.report
 
 bench-quality: $(VENV)/.dev $(TORCH)/.installed ## LoRA against full fine-tuning and PEFT (hours; SST2=FOLDER adds SST-2)
 	$(BIN)/python benchmarks/quality.py $(if $(SST2),--sst2 $(SST2))
@@ -66,5 +71,5 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml
 $(TORCH)/.installed:
 	$(PYTHON) -m venv $(TORCH)
 	$(TORCH)/bin/python -m pip install -q --disable-pip-version-check \
-	  torch==2.13.0+cpu peft==0.21.2 loralib==0.1.2 'transformers>=5' numpy
+	  torch==2.13.0+cpu peft==0.21.2 loralib==0.1.2 'transformers>=5' numpy rich
 	touch $@

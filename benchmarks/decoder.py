@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         layer: Any = nn.remat(Layer, prevent_cse=not c.scan) if c.remat else Layer
         if c.scan:
             axes: Any = {"params": 0}
-            splits = {"params": True, "dropout": True}
+            splits: Any = {"params": True, "dropout": True}
             scanned = nn.scan(layer, variable_axes=axes, split_rngs=splits, length=c.layers)
             return scanned(c, name="layers")(x, None)[0]
         for i in range(c.layers):

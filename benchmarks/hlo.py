@@ -24,6 +24,8 @@ _TRIPS = re.compile(r'"?known_trip_count"?:\{"n":"(\d+)"\}')
 _CONTRACTED = re.compile(
     r'\blhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([\d",]*)\]'
 )
+_SOURCE = re.compile(r"\d+ |(File|Function)(Names|Locations)|StackFrames|$")
+_METADATA = re.compile(r',? ?metadata=\{(?:[^{}"]|"[^"]*")*\}')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 
@@ -82,6 +84,12 @@ def dots(text: str) -> list[Dot]:
 def total(found: Iterable[Dot]) -> int:
     """The FLOPs of all the dots, each as often as it runs."""
     return sum(dot.flops * dot.times for dot in found)
+
+
+def program_alone(text: str) -> str:
+    """The text without what says where in the source it comes from: two that run the same agree."""
+    lines = [line for line in text.splitlines() if not _SOURCE.match(line)]
+    return _METADATA.sub("", "\n".join(lines))
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Line]], str]:

@@ -7,7 +7,7 @@ their own results.
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,7 +52,7 @@ class Times:
 
 
 def in_turn(
-    ways: dict[str, Callable[[], object]], rounds: int, title: str = "", warmup: int = 2
+    ways: Mapping[str, Callable[[], object]], rounds: int, title: str = "", warmup: int = 2
 ) -> dict[str, Times]:
     """Times each way once a round, the order turned by one from round to round.
 

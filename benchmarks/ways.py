@@ -77,7 +77,7 @@ def ours(shape: Shape, x: Array, lora: Lora | None) -> Program:
         rngs = {"dropout": key} if lora.dropout else None
         return _loss(jl.lora_apply(model, frozen, whole, x, rngs=rngs))
 
-    return _step(loss, adapter.params, variables, x)
+    return _step(loss, filled(adapter.params), variables, x)
 
 
 def ours_flat(shape: Shape, x: Array, lora: Lora | None) -> Program:
@@ -154,8 +154,9 @@ def plain_branch(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
 
 def plain_factors(params: Any, lora: Lora, stacked: bool) -> Any:
     """Leaves a (*inputs, rank) and b (rank, *outputs) beside each kernel that is adapted."""
+    leaves: dict[Any, Any] = traverse_util.flatten_dict(params)
     found = {}
-    for path, leaf in traverse_util.flatten_dict(params).items():
+    for path, leaf in leaves.items():
         if path[-1] != "kernel" or path[-2] not in lora.targets:
             continue
         stack, sizes = leaf.shape[:stacked], leaf.shape[stacked:]

@@ -103,6 +103,16 @@ def test_operands_may_be_written_with_their_types():
     assert hlo.dots(typed) == hlo.dots(text)
 
 
+def test_a_program_alone_does_not_tell_its_source():
+    one = compiled(lambda x, w: jnp.tanh(x @ w), (48, 64), (64, 32))
+    other = compiled(lambda x, w: jnp.tanh(x @ w), (48, 64), (64, 32))
+    third = compiled(lambda x, w: jnp.sin(x @ w), (48, 64), (64, 32))
+    assert one != other
+    assert hlo.program_alone(one) == hlo.program_alone(other)
+    assert hlo.program_alone(third) != hlo.program_alone(other)
+    assert hlo.dots(hlo.program_alone(one)) == hlo.dots(one)
+
+
 def test_a_text_without_an_entry_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.dots("HloModule")
