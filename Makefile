@@ -37,7 +37,7 @@ lint: $(VENV)/.dev ## format and lint in place
 	$(BIN)/pyright
 
 bench: $(VENV)/.dev ## time everything and make BENCHMARKS.md (about 15 minutes; a torch part: make bench-torch)
-	for name in step inference growth; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in step inference merging memory growth; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.report
 
 bench-torch: $(VENV)/.dev $(TORCH)/.installed ## the training step in torch and PEFT, and BENCHMARKS.md again (about 3 minutes)
