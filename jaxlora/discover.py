@@ -46,7 +46,7 @@ class Seen:
     """
 
     uses: dict[str, Use] = dataclasses.field(default_factory=dict)
-    holders: dict[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
+    holders: dict[str, type] = dataclasses.field(default_factory=dict)
     ndims: dict[str, int] = dataclasses.field(default_factory=dict)
     stacks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     changed: set[str] = dataclasses.field(default_factory=set)

@@ -1,0 +1,1 @@
+"""Adapters from and to other libraries' forms."""
