@@ -8,7 +8,7 @@ from jaxlora import tree
 from jaxlora.adapter import Adapter, SavedLeaf, Spec, check_base, check_leaves
 from jaxlora.errors import AdapterError, ModelError
 from jaxlora.interop.nnx_branch import LoRAFrozen, bind
-from jaxlora.interop.nnx_discover import variables
+from jaxlora.interop.nnx_discover import holders, variables
 from jaxlora.interop.nnx_layers import HOOK, unhook
 
 _SPEC = "_lora_spec"
@@ -114,16 +114,16 @@ def attach(model: Any, adapter: Adapter, *, rngs: nnx.Rngs | None = None) -> Any
     key = rngs.dropout() if rngs is not None and rate else None
     bind(own, adapter, key, None)
     saved = {leaf.path: leaf for leaf in adapter.spec.saved if not leaf.rows}
-    holders = _holders(own)
+    there, kept, trained = variables(own), {}, {}
     for path, leaf in saved.items():
-        variable = holders[path][0][2]
-        dtype = variable.get_raw_value().dtype
-        trained = LoRASaved(values[leaf.leaf_path], base_dtype=dtype)
-        kept = LoRAFrozen(variable.get_raw_value())
-        for node, attr, _ in holders[path]:
+        value = there[path].get_raw_value()
+        kept[path] = LoRAFrozen(value)
+        trained[path] = LoRASaved(values[leaf.leaf_path], base_dtype=value.dtype)
+    for node, held in holders(own, saved):
+        for attr, path in held.items():
             delattr(node, attr)
-            setattr(node, attr, trained)
-            setattr(node, f"{attr}_lora_base", kept)
+            setattr(node, attr, trained[path])
+            setattr(node, f"{attr}_lora_base", kept[path])
     for _, node in nnx.iter_graph(own):
         if key is not None and hasattr(node, HOOK) and not hasattr(node, "deterministic"):
             node.deterministic = False
@@ -151,13 +151,15 @@ def detach(module: Any) -> tuple[Any, Adapter]:
         )
     own, leaves = nnx.clone(module_of(module)), {}
     delattr(own, _SPEC)
-    for leaf in spec.saved:
-        for node, attr, variable in [] if leaf.rows else _holders(own)[leaf.path]:
-            leaves[leaf.leaf_path] = variable.get_raw_value()
-            base = vars(node)[f"{attr}_lora_base"]
+    saved = {leaf.path: leaf for leaf in spec.saved if not leaf.rows}
+    there = variables(own)
+    for node, held in holders(own, saved):
+        for attr, path in held.items():
+            leaves[saved[path].leaf_path] = there[path].get_raw_value()
+            base = vars(node)[f"{attr}_lora_base"].get_raw_value()
             delattr(node, attr)
             delattr(node, f"{attr}_lora_base")
-            setattr(node, attr, nnx.Param(base.get_raw_value()))
+            setattr(node, attr, nnx.Param(base))
     for _, node in list(nnx.iter_graph(own)):
         for attr, what in vars(node)[HOOK].served if HOOK in getattr(node, "__dict__", {}) else ():
             rows = isinstance(what, SavedLeaf)
@@ -170,14 +172,3 @@ def detach(module: Any) -> tuple[Any, Adapter]:
         if HOOK in getattr(node, "__dict__", {}):
             unhook(node)
     return own, spec.adapter(leaves)
-
-
-def _holders(module: nnx.Module) -> dict[str, list[tuple[nnx.Module, str, nnx.Param]]]:
-    """{path: the modules that hold the param, their attribute, and it}."""
-    found = {path: [] for path in variables(module)}
-    names = {id(variable): path for path, variable in variables(module).items()}
-    for _, node in nnx.iter_graph(module):
-        for attr, x in list(vars(node).items()) if isinstance(node, nnx.Module) else ():
-            if id(x) in names:
-                found[names[id(x)]].append((node, attr, x))
-    return found

@@ -11,8 +11,8 @@ from jaxlora.adapter import Adapter, SavedLeaf, Site
 from jaxlora.apply import Factors, adapted, key_data
 from jaxlora.branch import with_rows
 from jaxlora.fold import fold
-from jaxlora.interop.nnx_discover import layers_with, variables
-from jaxlora.interop.nnx_layers import Array, hook
+from jaxlora.interop.nnx_discover import holders, variables
+from jaxlora.interop.nnx_layers import Array, hook, hooked
 from jaxlora.layers import Linear
 
 
@@ -117,7 +117,9 @@ def bind(
         if key is not None and rate:
             data, impl = key_data(what, key)
             beside[path]["key"] = LoRAKey(data)
-    for layer, held in layers_with(module, served):
+    for layer, held in holders(module, served):
+        if not hooked(type(layer)):
+            continue
         for attr, path in held.items():
             for part, variable in beside[path].items():
                 setattr(layer, f"{attr}_lora_{part}", variable)

@@ -7,7 +7,7 @@ axis and the sign that the model takes away let both arrive whole.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,17 +35,14 @@ def variables(module: nnx.Module) -> dict[str, nnx.Param]:
     }
 
 
-def layers_with(
-    module: nnx.Module, paths: Mapping[str, Any] | set[str]
-) -> list[tuple[nnx.Module, dict[str, str]]]:
-    """Each layer that a rule serves, with {attribute: path} of those of the params it holds."""
+def holders(module: nnx.Module, paths: Collection[str]) -> list[tuple[nnx.Module, dict[str, str]]]:
+    """Each module that holds one of the params at the paths, with {attribute: path} of those."""
     names = {id(variable): path for path, variable in variables(module).items() if path in paths}
     found = []
     for _, node in nnx.iter_graph(module):
-        if isinstance(node, nnx.Module) and hooked(type(node)):
+        if isinstance(node, nnx.Module):
             held = {attr: names[id(x)] for attr, x in vars(node).items() if id(x) in names}
-            if held:
-                found.append((node, held))
+            found += [(node, held)] if held else []
     return found
 
 
@@ -101,6 +98,12 @@ def discover(model: nnx.Module, candidates: set[str], args: Any, kwargs: Any, me
         seen.uses[path] = Use(use.kind, use.roles, stacks.get(path, ()), use.lookup)
         if path not in stacks or len(use.roles) != len(shapes.own[path]):
             seen.changed.add(path)
+    unserved = seen.changed - set(seen.uses)  # a module of the user's reads them, no layer does
+    seen.changed -= unserved
+    for node, held in holders(model, unserved):
+        for path in held.values():
+            seen.holders[path], seen.ndims[path] = type(node), len(leaves[path])
+            seen.stacks[path] = ()
     return seen
 
 
@@ -166,13 +169,9 @@ def _record(
         if path in candidates:
             object.__setattr__(variable, "__class__", _watched(type(variable)))
             variable.set_metadata("touched", functools.partial(touched, path))
-    for path, node in nnx.iter_graph(copy):
-        for attr, leaf in vars(node).items() if isinstance(node, nnx.Module) else ():
-            name = "/".join(map(str, (*path, attr)))
-            if isinstance(leaf, nnx.Param) and name in candidates and not hooked(type(node)):
-                seen.holders[name], seen.ndims[name] = type(node), leaf.get_raw_value().ndim
-                seen.stacks[name] = ()
-    for node, held in layers_with(copy, candidates):
+    for node, held in holders(copy, candidates):
+        if not hooked(type(node)):
+            continue
         for attr, path in held.items():
             for i, shape in enumerate(probes.get(path, ())):
                 setattr(node, f"{attr}_lora_probe{i}", _Probe(jnp.zeros(shape, jnp.int8)))
