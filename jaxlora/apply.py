@@ -8,6 +8,7 @@ function closed over an interceptor from outside would be cached with or without
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, overload
 
@@ -35,7 +36,7 @@ class Factors:
     """One site's leaves as they stand beside its kernel during a call.
 
     The site is static and so part of the tree's structure: two adapters that differ in scaling
-    alone never share what `nn.jit` has cached.
+    alone never share what `nn.jit` has cached, and a call with a token of its own shares nothing.
     """
 
     leaves: dict[str, Array]  # {part: leaf}
@@ -43,6 +44,7 @@ class Factors:
     site: Site = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True})
     key_impl: str = dataclasses.field(metadata={"static": True})
+    token: Any = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -136,6 +138,11 @@ def lora_apply(
     with nn.intercept_methods(intercept):
         out = model.apply(joint, *args, rngs=rngs, mutable=mutable, **kwargs)
     expected = [site for site in adapter.spec.sites if not site.weights]
+    if expected and not fired:  # unless nn.jit has answered from its cache
+        joint["params"] = _bind(params, adapter, _dropout_key(rngs), token=object())
+        with nn.intercept_methods(intercept):
+            run = functools.partial(model.apply, joint, *args, rngs=rngs, mutable=mutable, **kwargs)
+            jax.eval_shape(lambda: [run()][1:])
     if expected and not fired:
         raise AdapterError(
             f"None of the {len(expected)} adapted layers ran, expected at least one: "
@@ -192,7 +199,7 @@ def adapted(factors: Factors, linear: Linear, y: Array, module: Any, calls: int)
     return dora.output(linear, site, y, low, dora.ratio(site, kernel, a, b, core["m"]), bias)
 
 
-def _bind(params: tree.Tree, adapter: Adapter, key: Array | None) -> tree.Tree:
+def _bind(params: tree.Tree, adapter: Adapter, key: Array | None, token: Any = None) -> tree.Tree:
     """The base with a `Factors` beside each adapted kernel and the trained leaves in place."""
     values, spec, rate = adapter.values(), adapter.spec, adapter.spec.config.dropout
     whole = {leaf.path: leaf for leaf in spec.saved if not leaf.rows}
@@ -212,7 +219,7 @@ def _bind(params: tree.Tree, adapter: Adapter, key: Array | None) -> tree.Tree:
 
     def factors(site: Site) -> Factors:
         data, impl = (None, "") if key is None or not rate else key_data(site, key)
-        return Factors(site.leaves(values), data, site, rate, impl)
+        return Factors(site.leaves(values), data, site, rate, impl, token)
 
     bound: dict[str, Any] = {s.path + BOUND: factors(s) for s in spec.sites if not s.weights}
     for leaf in spec.saved:

@@ -111,10 +111,12 @@ def _trace_boxed(
     seen: Seen, model: nn.Module, variables: Any, candidates: set[str], args: Any, kwargs: Any
 ) -> None:
     """Traces the model with each candidate in a box, and fills `seen`."""
+    token = object()  # what nn.jit has cached of another trace would record nothing
 
     def probed(path: str, leaf: Any) -> Any:
         leaf = tree.unboxed(leaf)
-        return _Probe(leaf, jnp.zeros(leaf.shape, jnp.int8), path) if path in candidates else leaf
+        sentinel = jnp.zeros(leaf.shape, jnp.int8)
+        return _Probe(leaf, sentinel, path, token) if path in candidates else leaf
 
     def record(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -160,23 +162,27 @@ class _Probe(meta.AxisMetadata):
     normalization does, turns it into floats.
     """
 
-    def __init__(self, value: Any, sentinel: Any, path: str, taken: tuple[int, ...] = ()):
-        self.value, self.sentinel, self.path, self.taken = value, sentinel, path, taken
+    def __init__(
+        self, value: Any, sentinel: Any, path: str, token: object, taken: tuple[int, ...] = ()
+    ):
+        self.value, self.sentinel, self.path, self.token = value, sentinel, path, token
+        self.taken = taken
 
     def unbox(self) -> Any:
         return self.value
 
     def replace_boxed(self, val: Any) -> "_Probe":
-        return _Probe(val, self.sentinel, self.path, self.taken)
+        return _Probe(val, self.sentinel, self.path, self.token, self.taken)
 
     def add_axis(self, index: int, params: Any) -> "_Probe":
-        return _Probe(self.value, self.sentinel, self.path, self.taken[:-1])
+        return _Probe(self.value, self.sentinel, self.path, self.token, self.taken[:-1])
 
     def remove_axis(self, index: int, params: Any) -> "_Probe":
-        return _Probe(self.value, self.sentinel, self.path, (*self.taken, index))
+        taken = (*self.taken, index)
+        return _Probe(self.value, self.sentinel, self.path, self.token, taken)
 
     def tree_flatten(self) -> Any:
-        return (self.value, self.sentinel), (self.path, self.taken)
+        return (self.value, self.sentinel), (self.path, self.token, self.taken)
 
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> "_Probe":
