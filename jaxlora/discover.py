@@ -111,7 +111,7 @@ def _trace_boxed(
     seen: Seen, model: nn.Module, variables: Any, candidates: set[str], args: Any, kwargs: Any
 ) -> None:
     """Traces the model with each candidate in a box, and fills `seen`."""
-    token = object()  # what nn.jit has cached of another trace would record nothing
+    token = _Token(seen.changed)
 
     def probed(path: str, leaf: Any) -> Any:
         leaf = tree.unboxed(leaf)
@@ -154,6 +154,13 @@ def trace(run: Callable[..., Any], variables: Any, args: Any, kwargs: Any) -> No
     jax.eval_shape(call, arrays)
 
 
+class _Token:
+    """One trace: its probes share nothing that nn.jit has cached, and tell it of reads."""
+
+    def __init__(self, changed: set[str]):
+        self.changed = changed
+
+
 @jax.tree_util.register_pytree_node_class
 class _Probe(meta.AxisMetadata):
     """A leaf on its way to its layer, with the axes that were taken away from it.
@@ -163,13 +170,19 @@ class _Probe(meta.AxisMetadata):
     """
 
     def __init__(
-        self, value: Any, sentinel: Any, path: str, token: object, taken: tuple[int, ...] = ()
+        self, value: Any, sentinel: Any, path: str, token: _Token, taken: tuple[int, ...] = ()
     ):
         self.value, self.sentinel, self.path, self.token = value, sentinel, path, token
         self.taken = taken
 
     def unbox(self) -> Any:
         return self.value
+
+    @property
+    def T(self) -> Any:
+        """A table that a model transposes to attend to it, past the layer that holds it."""
+        self.token.changed.add(self.path)
+        return self.value.T
 
     def replace_boxed(self, val: Any) -> "_Probe":
         return _Probe(val, self.sentinel, self.path, self.token, self.taken)
