@@ -5,6 +5,7 @@ It needs an environment of its own (`make test-gemma`): gemma brings TensorFlow.
 
 import importlib.util
 import warnings
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,13 +28,13 @@ def library():
     """gemma's modules; what it and TensorFlow warn of on import is not ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import kauldron.checkpoints as checkpoints  # type: ignore[import-not-found]
+        import kauldron.checkpoints as checkpoints  # pyright: ignore[reportMissingImports]
 
         if not hasattr(checkpoints, "AbstractPartialLoader"):
             # gemma 3.3.0 names a class that kauldron 1.4 renamed; nothing here loads with it.
             checkpoints.AbstractPartialLoader = object
         assert "gemma.gm.nn._layers" in gemma.register()
-        from gemma.gm.nn import _config, _modules, _transformer  # type: ignore[import-not-found]
+        from gemma.gm.nn import _config, _modules, _transformer  # pyright: ignore[reportMissingImports]
     return _config, _modules, _transformer
 
 
@@ -44,7 +45,7 @@ def tiny(library, request):
     fused = request.param
 
     class Tiny(transformer.Transformer):
-        config: configs.TransformerConfig = configs.TransformerConfig(
+        config: Any = configs.TransformerConfig(
             num_embed=32,
             embed_dim=8,
             hidden_dim=12,
@@ -138,7 +139,7 @@ def test_the_gradient_is_that_of_weight_space(tiny):
 
 @needs_gemma
 def test_the_scaled_einsum_of_gemma_3n_is_served_with_its_scale(library):
-    from gemma.gm.nn.gemma3n import _layers  # type: ignore[import-not-found]
+    from gemma.gm.nn.gemma3n import _layers  # pyright: ignore[reportMissingImports]
 
     class Model(nn.Module):
         @nn.compact
@@ -159,10 +160,11 @@ def test_the_embedding_is_trained_in_full_or_in_weight_space(tiny):
     table = "embedder/input_embedding"
     with pytest.raises(TargetError, match=r"(?s)Embedder.*weights"):
         jl.plan(model, variables, jl.LoraConfig(targets=table), tokens)
-    for options in (
+    ways: list[dict[str, Any]] = [
         {"targets": "linear", "modules_to_save": table},
         {"targets": table, "mode": "weights"},
-    ):
+    ]
+    for options in ways:
         config = jl.LoraConfig(rank=2, **options)
         adapter = trained(jl.lora_init(jax.random.key(2), model, variables, config, tokens))
         merged = {"params": jl.merge(variables["params"], adapter)}

@@ -3,8 +3,10 @@
 They need an environment of their own (`make test-transformers4`). Tiny random configs, no network.
 """
 
+import importlib
 import importlib.metadata
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ IDS = np.array([[5, 3, 7, 1, 2], [2, 9, 9, 4, 6]])
 def make(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import transformers as tf
+        tf: Any = importlib.import_module("transformers")
 
         sizes = {"vocab_size": 17, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 16}
         bert = {
@@ -46,7 +48,6 @@ def make(name):
         }
         t5 = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
         gpt2 = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 16}
-        cls: str
         cls, config = {
             "gpt2": ("FlaxGPT2LMHeadModel", tf.GPT2Config(**sizes, **gpt2)),
             "bert": ("FlaxBertForSequenceClassification", tf.BertConfig(**sizes, **bert)),
@@ -84,7 +85,7 @@ def gpt2():
 
 
 def adapter_of(model, more, **options):
-    config = jl.LoraConfig(**{"rank": 2} | options)
+    config = jl.LoraConfig(rank=2, **options)
     return jl.lora_init(jax.random.key(2), model, config, IDS, **more)
 
 
