@@ -448,7 +448,7 @@ def test_bare_params_are_a_model_error():
     ):
         jl.lora_apply(zoo.Mlp(), variables["params"], adapter, jnp.ones((2, 8)))
     with pytest.raises(ModelError, match=r"variables hold 'NoneType', expected the collection"):
-        jl.lora_apply(zoo.Mlp(), None, adapter, jnp.ones((2, 8)))  # pyright: ignore[reportCallIssue]
+        jl.lora_apply(zoo.Mlp(), None, adapter, jnp.ones((2, 8)))  # type: ignore
 
 
 def test_a_bare_tree_of_leaves_is_an_adapter_error():

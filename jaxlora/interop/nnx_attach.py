@@ -7,7 +7,7 @@ from flax import nnx
 from jaxlora import tree
 from jaxlora.adapter import Adapter, SavedLeaf, Spec, check_base, check_leaves
 from jaxlora.errors import AdapterError, ModelError
-from jaxlora.interop.nnx_branch import LoRAFrozen, bind
+from jaxlora.interop.nnx_branch import bind
 from jaxlora.interop.nnx_discover import holders, variables
 from jaxlora.interop.nnx_layers import HOOK, unhook
 
@@ -19,7 +19,8 @@ class LoRASaved(nnx.LoRAParam):
 
     def get_value(self, **index: Any) -> Any:
         """The value in the dtype of the base's leaf."""
-        return super().get_value(**index).astype(self.get_metadata("base_dtype"))
+        value = super().get_value(**index)  # a partition spec, in a state that holds those
+        return value.astype(self.get_metadata("base_dtype")) if tree.is_array(value) else value
 
 
 def module_of(model: Any) -> nnx.Module:
@@ -101,9 +102,8 @@ def attach(model: Any, adapter: Adapter, *, rngs: nnx.Rngs | None = None) -> Any
       >>> base, adapter = detach(model)
     """
     module = module_of(model)
-    base = params(module)
     check_leaves(adapter)
-    check_base(base, adapter.spec)
+    check_base(params(module), adapter.spec)
     weights = [site.path for site in adapter.spec.sites if site.weights]
     if weights:
         raise AdapterError(
@@ -112,18 +112,17 @@ def attach(model: Any, adapter: Adapter, *, rngs: nnx.Rngs | None = None) -> Any
         )
     own, values, rate = nnx.clone(module), adapter.values(), adapter.spec.config.dropout
     key = rngs.dropout() if rngs is not None and rate else None
-    bind(own, adapter, key, None)
+    bind(own, adapter, key)
     saved = {leaf.path: leaf for leaf in adapter.spec.saved if not leaf.rows}
-    there, kept, trained = variables(own), {}, {}
+    base, trained = variables(own), {}
     for path, leaf in saved.items():
-        value = there[path].get_raw_value()
-        kept[path] = LoRAFrozen(value)
-        trained[path] = LoRASaved(values[leaf.leaf_path], base_dtype=value.dtype)
+        metadata = base[path].get_metadata() | {"base_dtype": base[path].get_raw_value().dtype}
+        trained[path] = LoRASaved(values[leaf.leaf_path], **metadata)
     for node, held in holders(own, saved):
         for attr, path in held.items():
             delattr(node, attr)
             setattr(node, attr, trained[path])
-            setattr(node, f"{attr}_lora_base", kept[path])
+            setattr(node, f"{attr}_lora_base", base[path])
     for _, node in nnx.iter_graph(own):
         if key is not None and hasattr(node, HOOK) and not hasattr(node, "deterministic"):
             node.deterministic = False
@@ -156,10 +155,10 @@ def detach(module: Any) -> tuple[Any, Adapter]:
     for node, held in holders(own, saved):
         for attr, path in held.items():
             leaves[saved[path].leaf_path] = there[path].get_raw_value()
-            base = vars(node)[f"{attr}_lora_base"].get_raw_value()
+            base = vars(node)[f"{attr}_lora_base"]
             delattr(node, attr)
             delattr(node, f"{attr}_lora_base")
-            setattr(node, attr, nnx.Param(base))
+            setattr(node, attr, base)
     for _, node in list(nnx.iter_graph(own)):
         for attr, what in vars(node)[HOOK].served if HOOK in getattr(node, "__dict__", {}) else ():
             rows = isinstance(what, SavedLeaf)

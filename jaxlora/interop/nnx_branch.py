@@ -1,6 +1,7 @@
 """The factors as variables of an NNX module's layers, and the hook that adds the branch."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -86,11 +87,7 @@ class _Held:
 
 
 def bind(
-    module: nnx.Module,
-    adapter: Adapter,
-    key: Array | None,
-    calls: Calls | None,
-    trained: type[nnx.Param] = nnx.LoRAParam,
+    module: nnx.Module, adapter: Adapter, key: Array | None, calls: Calls | None = None
 ) -> None:
     """Puts an adapter's factors beside the kernels of a module, and hooks its layers.
 
@@ -98,22 +95,26 @@ def bind(
       module: the module; it is changed.
       adapter: the adapter.
       key: the key of the adapter's dropout, or None.
-      calls: as for `Branches`.
-      trained: the type of the trained variables.
+      calls: as for `Branches`. Without it, for a module that stays, the variables are sharded over
+        the mesh axes that the kernel's variable names for the axes that they share.
     """
     spec, values = adapter.spec, adapter.values()
     rate = spec.config.dropout if key is not None else 0.0
     served: dict[str, Site | SavedLeaf] = {s.path: s for s in spec.sites if not s.weights}
     served |= {leaf.path: leaf for leaf in spec.saved if leaf.rows}
     beside: dict[str, dict[str, nnx.Param]] = {}
-    impl = ""
+    there, impl = variables(module), ""
     for path, what in served.items():
         if isinstance(what, SavedLeaf):
-            beside[path] = {"t": trained(values[what.leaf_path])}
+            beside[path] = {"t": nnx.LoRAParam(values[what.leaf_path])}
             continue
-        leaves = what.leaves(values)
-        kinds = {p: LoRAFrozen if p in what.frozen else trained for p in leaves}
-        beside[path] = {p: kinds[p](x) for p, x in leaves.items()}
+        shards = {} if calls else there[path].get_metadata()
+        beside[path] = {
+            part: (LoRAFrozen if part in what.frozen else nnx.LoRAParam)(
+                x, **_sharded_like(shards, what, part)
+            )
+            for part, x in what.leaves(values).items()
+        }
         if key is not None and rate:
             data, impl = key_data(what, key)
             beside[path]["key"] = LoRAKey(data)
@@ -125,6 +126,17 @@ def bind(
                 setattr(layer, f"{attr}_lora_{part}", variable)
         own = tuple((attr, served[path]) for attr, path in sorted(held.items()))
         hook(layer, Branches(own, rate, impl, calls))
+
+
+def _sharded_like(metadata: Mapping[str, Any], site: Site, part: str) -> dict[str, Any]:
+    """The sharding of a leaf, from the metadata of its kernel's variable."""
+    names, kind = metadata.get("out_sharding"), part[0]
+    if names is None:
+        return {}
+    axes = site.layout.leaf_axes(kind)  # type: ignore[arg-type]
+    names = (*names, *[None] * (len(site.layout.shape) - len(names)))
+    shared = tuple(None if axis is None else names[axis] for axis in axes)
+    return {"out_sharding": shared, "mesh": metadata.get("mesh")}
 
 
 def put_in_place(module: nnx.Module, adapter: Adapter) -> None:
