@@ -1,7 +1,10 @@
 """Adapters on Flax NNX modules: equal to weight space, both styles, the same checkpoints."""
 
 import dataclasses
+import doctest
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,8 @@ from flax import nnx
 
 import jaxlora as jl
 from jaxlora.errors import AdapterError, ModelError, TargetError
+from jaxlora.interop import nnx as interop
+from jaxlora.interop import nnx_attach
 from jaxlora.interop.nnx import attach, detach, params
 from tests.test_properties import assert_close, assert_trees_close, assert_trees_equal
 
@@ -480,8 +485,6 @@ def test_a_method_that_cannot_serve_a_tied_table_is_refused():
 
 
 def test_wrong_models_targets_and_inputs_are_named():
-    from jaxlora.interop import nnx as interop
-
     x, config = CASES["mlp"][1], jl.LoraConfig(rank=2)
     with pytest.raises(ModelError, match=r"The model is a function, expected an nnx\.Module"):
         interop.plan(jnp.tanh.__wrapped__, config, x)  # type: ignore[arg-type]
@@ -586,3 +589,17 @@ def test_fused_kernels_and_what_is_sown_work_as_in_linen():
     assert_close(out, jl.merge(model, adapter)(x))
     np.testing.assert_array_equal(out[:, 4:8], model.qkv(x)[:, 4:8])
     np.testing.assert_array_equal(model.last[...], out)
+
+
+@pytest.mark.parametrize("module", [interop, nnx_attach], ids=lambda module: module.__name__)
+def test_every_example_in_a_docstring_runs(module):
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    assert result.attempted
+
+
+def test_importing_jaxlora_does_not_import_nnx():
+    code = "import sys, jax, orbax.checkpoint; before = 'flax.nnx' in sys.modules; import jaxlora; "
+    code += "print(before or 'flax.nnx' not in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "True\n"

@@ -98,7 +98,7 @@ def attach(model: Any, adapter: Adapter, *, rngs: nnx.Rngs | None = None) -> Any
       >>> optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.LoRAParam)
       >>> trained = nnx.DiffState(0, nnx.LoRAParam)
       >>> grads = nnx.grad(lambda model: model(x).sum(), argnums=trained)(model)
-      >>> optimizer.update(model, grads)
+      >>> _ = optimizer.update(model, grads)
       >>> base, adapter = detach(model)
     """
     module = module_of(model)
