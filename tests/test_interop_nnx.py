@@ -603,3 +603,44 @@ def test_importing_jaxlora_does_not_import_nnx():
     code += "print(before or 'flax.nnx' not in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "True\n"
+
+
+def test_a_step_forms_no_dense_gradient_of_a_kernel():
+    model, adapter = model_of("mlp"), trained(fresh("mlp"))
+    x = normal(5, 8)
+
+    def shapes(apply):
+        grad = jax.grad(lambda adapter: jnp.mean(apply(adapter) ** 2))
+        text = str(jax.make_jaxpr(grad)(adapter))
+        return {line.split("=")[0].strip() for line in text.splitlines() if "dot_general" in line}
+
+    kernels = ("[8,12]", "[12,8]", "[12,4]", "[4,12]")
+    branch = shapes(lambda adapter: jl.lora_apply(model, adapter, x))
+    weights = shapes(lambda adapter: jl.merge(model, adapter)(x))
+    assert branch
+    assert not [out for out in branch if out.endswith(kernels)]
+    assert [out for out in weights if out.endswith(kernels)]
+
+
+def test_a_masked_convolution_is_refused():
+    mask = jnp.ones((2, 4, 3))
+    model = nnx.Conv(4, 3, 2, mask=mask, rngs=nnx.Rngs(0))
+    with pytest.raises(TargetError, match="A Conv masks its kernel"):
+        jl.plan(model, jl.LoraConfig(rank=2), normal(2, 6, 4))
+
+
+def test_a_rule_that_comes_later_is_found():
+    class Late(nnx.Linear):
+        def __call__(self, inputs, out_sharding=None):
+            return inputs @ self.kernel[...]
+
+    model, x = Late(8, 3, use_bias=False, rngs=nnx.Rngs(0)), normal(5, 8)
+    with pytest.raises(TargetError, match="Late is no layer that can be adapted"):
+        jl.plan(model, jl.LoraConfig(rank=2), x)
+
+    @jl.register(Late)
+    def late(module, inputs, out_sharding=None):
+        return jl.Linear("kernel", "...i,io->...o", inputs)
+
+    adapter = trained(jl.lora_init(jax.random.key(0), model, jl.LoraConfig(rank=2), x))
+    assert_close(jl.lora_apply(model, adapter, x), jl.merge(model, adapter)(x))

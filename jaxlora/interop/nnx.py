@@ -162,8 +162,7 @@ def lora_apply(
     own, calls = nnx.clone(module), Calls()
     put_in_place(own, adapter)
     bind(own, adapter, dropout_key, calls)
-    before = nnx.to_flat_state(nnx.state(own, nnx.Not(nnx.Param)))
-    before = {path: variable.get_raw_value() for path, variable in before}
+    before = {path: _raw(x) for path, x in nnx.to_flat_state(nnx.state(own, nnx.Not(nnx.Param)))}
     out = getattr(own, method)(*args, **kwargs)
     expected = [site for site in adapter.spec.sites if not site.weights]
     if expected and not calls.of:
@@ -174,7 +173,7 @@ def lora_apply(
     if isinstance(model, tuple) and not mutable:
         return out
     after = nnx.to_flat_state(nnx.state(own, nnx.Not(nnx.Param)))
-    changed = [(p, x) for p, x in after if before.get(p, after) is not x.get_raw_value()]
+    changed = [(p, x) for p, x in after if before.get(p, after) is not _raw(x)]
     if changed:
         try:
             nnx.update(module, nnx.from_flat_state(changed))
@@ -216,3 +215,8 @@ def merge(model: Model, adapter: Adapter, **options: Any) -> Any:
     for path, variable in variables(own).items():
         variable.set_raw_value(merged[path])
     return nnx.split(own) if isinstance(model, tuple) else own
+
+
+def _raw(x: Any) -> Any:
+    """The value of a variable; a module may hold bare arrays too."""
+    return x.get_raw_value() if isinstance(x, nnx.Variable) else x

@@ -29,23 +29,27 @@ class Hook(Protocol):
         ...
 
 
-_HOOKED: dict[type, type] = {}
+_HOOKED: dict[tuple[type, ...], type] = {}  # one class a layer, or no program would be shared
 
 
 def hooked(cls: type) -> type | None:
     """The class that a layer of class `cls` takes on to have a hook; None if no rule serves it."""
-    if cls not in _HOOKED:
-        base = next((c for c in cls.__mro__ if any(_methods(c))), None)
-        if base is None:
-            return None
-        own = type(base)(base.__name__, (base,), {n: _method(m) for n, m in _methods(base)})
-        _HOOKED[cls] = own if cls is base else type(cls)(cls.__name__, (cls, own), {})
-    return _HOOKED[cls]
+    base = next((c for c in cls.__mro__ if any(_methods(c))), None)
+    if base is None:
+        return None
+    own = _made((base,), base.__name__, {name: _method(m) for name, m in _methods(base)})
+    return own if cls is base else _made((cls, own), cls.__name__, {})
 
 
 def unhooked(cls: type) -> type:
     """The class of a layer before it got its hook."""
-    return next((before for before, after in _HOOKED.items() if after is cls), cls)
+    return next((bases[0] for bases, made in _HOOKED.items() if made is cls), cls)
+
+
+def _made(bases: tuple[type, ...], name: str, methods: dict[str, Any]) -> type:
+    if bases not in _HOOKED or not set(methods) <= set(vars(_HOOKED[bases])):
+        _HOOKED[bases] = type(bases[0])(name, bases, methods)
+    return _HOOKED[bases]
 
 
 def hook(layer: nnx.Module, run: Hook) -> None:
