@@ -31,7 +31,7 @@ def library():
         import kauldron.checkpoints as checkpoints  # pyright: ignore[reportMissingImports]
 
         if not hasattr(checkpoints, "AbstractPartialLoader"):
-            # gemma 3.3.0 names a class that kauldron 1.4 renamed; nothing here loads with it.
+            # gemma 3.3.0 names a class that kauldron 1.4.2 lacks; nothing here loads with it.
             checkpoints.AbstractPartialLoader = object
         assert "gemma.gm.nn._layers" in gemma.register()
         from gemma.gm.nn import _config, _modules, _transformer  # pyright: ignore[reportMissingImports]
