@@ -10,7 +10,7 @@ function closed over an interceptor from outside would be cached with or without
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxlora import dora, layers, tree
 from jaxlora.adapter import Adapter, Site, check_base, check_leaves
 from jaxlora.branch import branch, dropped, with_input_gradient, with_rows
+from jaxlora.dispatch import by_model
 from jaxlora.errors import AdapterError, LoraError, ModelError
 from jaxlora.fold import Term, fold, joined, terms
 from jaxlora.layers import Linear
@@ -35,7 +36,7 @@ class Factors:
     """One site's leaves as they stand beside its kernel during a call.
 
     The site is static and so part of the tree's structure: two adapters that differ in scaling
-    alone never share what `nn.jit` has cached.
+    alone never share what `nn.jit` has cached, and a call with a token of its own shares nothing.
     """
 
     leaves: dict[str, Array]  # {part: leaf}
@@ -43,6 +44,7 @@ class Factors:
     site: Site = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True})
     key_impl: str = dataclasses.field(metadata={"static": True})
+    token: Any = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +56,13 @@ class Rows:
     rows: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
+@overload
+def lora_apply(
+    model: nn.Module, variables: Mapping[str, Any], adapter: Adapter, *args: Any, **kwargs: Any
+) -> Any: ...
+@overload
+def lora_apply(model: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any: ...
+@by_model()
 def lora_apply(
     model: nn.Module,
     variables: Mapping[str, Any],
@@ -124,11 +133,16 @@ def lora_apply(
         if beside is None:
             return y
         fired[beside.site.path] = fired.get(beside.site.path, 0) + 1
-        return _adapted(beside, linear, y, context.module, fired[beside.site.path])
+        return adapted(beside, linear, y, context.module, fired[beside.site.path])
 
     with nn.intercept_methods(intercept):
         out = model.apply(joint, *args, rngs=rngs, mutable=mutable, **kwargs)
     expected = [site for site in adapter.spec.sites if not site.weights]
+    if expected and not fired:  # unless nn.jit has answered from its cache
+        joint["params"] = _bind(params, adapter, _dropout_key(rngs), token=object())
+        with nn.intercept_methods(intercept):
+            run = functools.partial(model.apply, joint, *args, rngs=rngs, mutable=mutable, **kwargs)
+            jax.eval_shape(lambda: [run()][1:])
     if expected and not fired:
         raise AdapterError(
             f"None of the {len(expected)} adapted layers ran, expected at least one: "
@@ -165,7 +179,7 @@ def _constant(x: Any) -> Any:
     return jax.lax.stop_gradient(x) if tree.is_array(x) else x
 
 
-def _adapted(factors: Factors, linear: Linear, y: Array, module: nn.Module, calls: int) -> Array:
+def adapted(factors: Factors, linear: Linear, y: Array, module: Any, calls: int) -> Array:
     """The output of a layer with its update."""
     site, drop = factors.site, None
     if factors.key is not None and not linear.lookup:
@@ -185,7 +199,7 @@ def _adapted(factors: Factors, linear: Linear, y: Array, module: nn.Module, call
     return dora.output(linear, site, y, low, dora.ratio(site, kernel, a, b, core["m"]), bias)
 
 
-def _bind(params: tree.Tree, adapter: Adapter, key: Array | None) -> tree.Tree:
+def _bind(params: tree.Tree, adapter: Adapter, key: Array | None, token: Any = None) -> tree.Tree:
     """The base with a `Factors` beside each adapted kernel and the trained leaves in place."""
     values, spec, rate = adapter.values(), adapter.spec, adapter.spec.config.dropout
     whole = {leaf.path: leaf for leaf in spec.saved if not leaf.rows}
@@ -204,8 +218,8 @@ def _bind(params: tree.Tree, adapter: Adapter, key: Array | None) -> tree.Tree:
         return leaf.replace_boxed(value) if tree.is_box(leaf) else value
 
     def factors(site: Site) -> Factors:
-        data, impl = (None, "") if key is None or not rate else _key_data(site, key)
-        return Factors(site.leaves(values), data, site, rate, impl)
+        data, impl = (None, "") if key is None or not rate else key_data(site, key)
+        return Factors(site.leaves(values), data, site, rate, impl, token)
 
     bound: dict[str, Any] = {s.path + BOUND: factors(s) for s in spec.sites if not s.weights}
     for leaf in spec.saved:
@@ -214,7 +228,7 @@ def _bind(params: tree.Tree, adapter: Adapter, key: Array | None) -> tree.Tree:
     return tree.union(tree.map_leaves(in_place, params), tree.nested(bound))
 
 
-def _key_data(site: Site, key: Array) -> tuple[Array, str]:
+def key_data(site: Site, key: Array) -> tuple[Array, str]:
     """One dropout key for each slice of a stacked kernel, as a leaf that is sliced like it.
 
     `make_rng` inside `nn.scan` gives no key unless the user's scan splits "dropout", and drawing
@@ -227,7 +241,7 @@ def _key_data(site: Site, key: Array) -> tuple[Array, str]:
     return site.layout.to_leaf(data, "key", data.shape[-1]), str(jax.random.key_impl(key))
 
 
-def _mask_key(factors: Factors, data: Array, module: nn.Module, calls: int) -> Array:
+def _mask_key(factors: Factors, data: Array, module: Any, calls: int) -> Array:
     """The key of one call's mask: of the slice, the call and, in a loop, the step."""
     key = jax.random.wrap_key_data(data.ravel(), impl=factors.key_impl)
     key = jax.random.fold_in(key, calls)

@@ -46,7 +46,7 @@ class Seen:
     """
 
     uses: dict[str, Use] = dataclasses.field(default_factory=dict)
-    holders: dict[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
+    holders: dict[str, type] = dataclasses.field(default_factory=dict)
     ndims: dict[str, int] = dataclasses.field(default_factory=dict)
     stacks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     changed: set[str] = dataclasses.field(default_factory=set)
@@ -111,10 +111,12 @@ def _trace_boxed(
     seen: Seen, model: nn.Module, variables: Any, candidates: set[str], args: Any, kwargs: Any
 ) -> None:
     """Traces the model with each candidate in a box, and fills `seen`."""
+    token = _Token(seen.changed)
 
     def probed(path: str, leaf: Any) -> Any:
         leaf = tree.unboxed(leaf)
-        return _Probe(leaf, jnp.zeros(leaf.shape, jnp.int8), path) if path in candidates else leaf
+        sentinel = jnp.zeros(leaf.shape, jnp.int8)
+        return _Probe(leaf, sentinel, path, token) if path in candidates else leaf
 
     def record(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -152,6 +154,13 @@ def trace(run: Callable[..., Any], variables: Any, args: Any, kwargs: Any) -> No
     jax.eval_shape(call, arrays)
 
 
+class _Token:
+    """One trace: its probes share nothing that nn.jit has cached, and tell it of reads."""
+
+    def __init__(self, changed: set[str]):
+        self.changed = changed
+
+
 @jax.tree_util.register_pytree_node_class
 class _Probe(meta.AxisMetadata):
     """A leaf on its way to its layer, with the axes that were taken away from it.
@@ -160,23 +169,33 @@ class _Probe(meta.AxisMetadata):
     normalization does, turns it into floats.
     """
 
-    def __init__(self, value: Any, sentinel: Any, path: str, taken: tuple[int, ...] = ()):
-        self.value, self.sentinel, self.path, self.taken = value, sentinel, path, taken
+    def __init__(
+        self, value: Any, sentinel: Any, path: str, token: _Token, taken: tuple[int, ...] = ()
+    ):
+        self.value, self.sentinel, self.path, self.token = value, sentinel, path, token
+        self.taken = taken
 
     def unbox(self) -> Any:
         return self.value
 
+    @property
+    def T(self) -> Any:
+        """A table that a model transposes to attend to it, past the layer that holds it."""
+        self.token.changed.add(self.path)
+        return self.value.T
+
     def replace_boxed(self, val: Any) -> "_Probe":
-        return _Probe(val, self.sentinel, self.path, self.taken)
+        return _Probe(val, self.sentinel, self.path, self.token, self.taken)
 
     def add_axis(self, index: int, params: Any) -> "_Probe":
-        return _Probe(self.value, self.sentinel, self.path, self.taken[:-1])
+        return _Probe(self.value, self.sentinel, self.path, self.token, self.taken[:-1])
 
     def remove_axis(self, index: int, params: Any) -> "_Probe":
-        return _Probe(self.value, self.sentinel, self.path, (*self.taken, index))
+        taken = (*self.taken, index)
+        return _Probe(self.value, self.sentinel, self.path, self.token, taken)
 
     def tree_flatten(self) -> Any:
-        return (self.value, self.sentinel), (self.path, self.taken)
+        return (self.value, self.sentinel), (self.path, self.token, self.taken)
 
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> "_Probe":

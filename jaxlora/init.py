@@ -1,7 +1,7 @@
 """`lora_init` and the initializers of the factors."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxlora import dora, tree
 from jaxlora.adapter import Adapter, Site, Spec, boxed_like
 from jaxlora.config import LoraConfig
+from jaxlora.dispatch import by_model
 from jaxlora.errors import AdapterError, ConfigError
 from jaxlora.initializers import initializer
 from jaxlora.plan import plan
@@ -18,6 +19,18 @@ from jaxlora.plan import plan
 Array = jax.Array
 
 
+@overload
+def lora_init(
+    key: Array,
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    config: LoraConfig,
+    *args: Any,
+    **kwargs: Any,
+) -> Adapter: ...
+@overload
+def lora_init(key: Array, model: Any, config: LoraConfig, *args: Any, **kwargs: Any) -> Adapter: ...
+@by_model(1)
 def lora_init(
     key: Array,
     model: nn.Module,

@@ -90,11 +90,11 @@ Rule = Callable[..., Linear]
 _RULES: dict[Callable, Rule] = {}
 
 
-def register(module_type: type[nn.Module], method: str = "__call__") -> Callable[[Rule], Rule]:
+def register(module_type: type, method: str = "__call__") -> Callable[[Rule], Rule]:
     """Registers how a module's method multiplies by its kernel.
 
     Args:
-      module_type: the class of the module.
+      module_type: the class of the module, Linen's or NNX's.
       method: the name of the method. The class must define it itself.
 
     Returns:
@@ -154,14 +154,28 @@ def _dense(module: nn.Dense, inputs: Array) -> Linear:
 @register(nn.DenseGeneral)
 def _dense_general(module: nn.DenseGeneral, inputs: Array) -> Linear:
     features, axis, batch = map(_as_tuple, (module.features, module.axis, module.batch_dims))
-    x = list(string.ascii_lowercase[: inputs.ndim])
-    contracted = [x[i] for i in sorted(a % inputs.ndim for a in axis)]
-    batched = [x[i] for i in sorted(a % inputs.ndim for a in batch)]
-    out = list(string.ascii_uppercase[: len(features)])
+    equation = general_equation(inputs.ndim, len(features), axis, batch)
+    return Linear("kernel", equation, inputs, precision=module.precision)
+
+
+def general_equation(
+    ndim: int, features: int, axis: Iterable[int], batch: Iterable[int] = ()
+) -> str:
+    """The equation of a linear map of any axes, as DenseGeneral makes it.
+
+    Args:
+      ndim: the input's number of axes.
+      features: the number of the kernel's output axes.
+      axis: the axes of the input that are contracted.
+      batch: the axes of the input that the kernel has too.
+    """
+    x = list(string.ascii_lowercase[:ndim])
+    contracted = [x[i] for i in sorted(a % ndim for a in axis)]
+    batched = [x[i] for i in sorted(a % ndim for a in batch)]
+    out = list(string.ascii_uppercase[:features])
     free = [c for c in x if c not in contracted and c not in batched]
     kernel = batched + contracted + out
-    equation = f"{''.join(x)},{''.join(kernel)}->{''.join(batched + free + out)}"
-    return Linear("kernel", equation, inputs, precision=module.precision)
+    return f"{''.join(x)},{''.join(kernel)}->{''.join(batched + free + out)}"
 
 
 @register(nn.Einsum)

@@ -1,6 +1,7 @@
 """`merge`: fold an adapter into plain params, after which inference costs what the base costs."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax.core import Tracer
 
 from jaxlora import tree
 from jaxlora.adapter import Adapter, check_base, check_leaves
+from jaxlora.dispatch import by_model
 from jaxlora.errors import AdapterError, listing
 from jaxlora.fold import fold as fold_kernel
 from jaxlora.init import init_leaves
@@ -15,6 +17,13 @@ from jaxlora.init import init_leaves
 Array = jax.Array
 
 
+@overload
+def merge(
+    params: Mapping[str, Any], adapter: Adapter, *, donate: bool = False, dtype: Any = None
+) -> tree.Tree: ...
+@overload
+def merge(params: Any, adapter: Adapter, *, donate: bool = False, dtype: Any = None) -> Any: ...
+@by_model(trees=True)
 def merge(
     params: tree.Tree, adapter: Adapter, *, donate: bool = False, dtype: Any = None
 ) -> tree.Tree:
@@ -29,7 +38,8 @@ def merge(
     A params tree does not remember what was merged into it: merging twice adds twice.
 
     Args:
-      params: the base. Leaves that the adapter does not touch are passed on, not copied.
+      params: the base. Leaves that the adapter does not touch are passed on, not copied. Any
+        other pytree of params will do, and an NNX module: what comes back is of the same kind.
       adapter: the adapter.
       donate: reuse the buffers of the touched kernels, leaf by leaf, so that no second copy of
         them is ever held. `params` must not be used afterwards.

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from jaxlora import tree
 from jaxlora.adapter import SavedLeaf, Site, Spec
 from jaxlora.apply import base_params, lora_apply
 from jaxlora.config import LoraConfig
-from jaxlora.discover import Use, discover, trace
+from jaxlora.discover import Seen, Use, discover, trace
+from jaxlora.dispatch import by_model
 from jaxlora.errors import ConfigError, LoraError, TargetError, listing
 from jaxlora.initializers import initializer
 from jaxlora.layout import KernelLayout
@@ -72,6 +73,13 @@ class Plan:
         return "\n".join(lines)
 
 
+@overload
+def plan(
+    model: nn.Module, variables: Mapping[str, Any], config: LoraConfig, *args: Any, **kwargs: Any
+) -> Plan: ...
+@overload
+def plan(model: Any, config: LoraConfig, *args: Any, **kwargs: Any) -> Plan: ...
+@by_model()
 def plan(
     model: nn.Module, variables: Mapping[str, Any], config: LoraConfig, *args: Any, **kwargs: Any
 ) -> Plan:
@@ -106,6 +114,34 @@ def plan(
       0.01 MB to train on a base of 0.53 MB
     """
     params = base_params(model, variables)
+
+    def see(candidates: set[str]) -> Seen:
+        in_weights = config.mode == "weights"
+        return discover(model, variables, candidates, args, kwargs, in_weights=in_weights)
+
+    planned = plan_of(params, config, see)
+
+    def rehearse(variables: Any, args: Any, kwargs: Any) -> None:
+        lora_apply(model, variables, variables.pop("adapter"), *args, **kwargs)
+
+    trace(rehearse, {**variables, "adapter": planned.spec.abstract()}, args, kwargs)
+    return planned
+
+
+def plan_of(params: tree.Tree, config: LoraConfig, see: Callable[[set[str]], Seen]) -> Plan:
+    """The plan for params of a model of any kind.
+
+    Args:
+      params: the base params.
+      config: what to adapt.
+      see: finds how the model uses the kernels at the paths that it is given.
+
+    Returns:
+      The plan; nothing of it has been run.
+
+    Raises:
+      LoraError: as `plan`.
+    """
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"The config is a {type(config).__name__}, expected a LoraConfig.")
     lora = [path for path, _ in tree.items(params) if tree.is_lora_name(path)]
@@ -116,8 +152,7 @@ def plan(
         )
     leaves = {path: tree.aval(x) for path, x in tree.items(params)}
     targets = Targets(leaves, config)
-    candidates, in_weights = targets.candidates | set(targets.tables), config.mode == "weights"
-    seen = discover(model, variables, candidates, args, kwargs, in_weights=in_weights)
+    seen = see(targets.candidates | set(targets.tables))
     uses = targets.adapted(seen)
     check_patterns_used("rank_pattern", config.rank_pattern, uses)
     check_patterns_used("alpha_pattern", config.alpha_pattern, uses)
@@ -129,11 +164,6 @@ def plan(
         sites=tuple(_site(path, use, leaves[path], config) for path, use in sorted(uses.items())),
         saved=tuple(sorted([*whole, *targets.rows(seen, uses)], key=lambda leaf: leaf.path)),
     )
-
-    def rehearse(variables: Any, args: Any, kwargs: Any) -> None:
-        lora_apply(model, variables, variables.pop("adapter"), *args, **kwargs)
-
-    trace(rehearse, {**variables, "adapter": spec.abstract()}, args, kwargs)
     return Plan(spec, num_base=tree.size(leaves), base_nbytes=tree.nbytes(params))
 
 

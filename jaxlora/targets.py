@@ -4,15 +4,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
-
 from jaxlora import layers
 from jaxlora.adapter import SavedLeaf
 from jaxlora.config import ALL_LINEAR, LoraConfig, covers, matches
 from jaxlora.discover import Seen, Use
 from jaxlora.errors import TargetError, listing, nearest
 
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, nn.BatchNorm)
+_NORMS = {"LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "BatchNorm"}  # Linen's and NNX's
 
 
 class Targets:
@@ -62,7 +60,7 @@ class Targets:
         for path in sorted(self.candidates - set(seen.uses) | self.candidates & seen.changed):
             scope, _, name = path.rpartition("/")
             weight = seen.ndims.get(path, len(self._leaves[path].shape)) >= 2
-            norm = issubclass(seen.holders.get(path, object), _NORMS)
+            norm = not _NORMS.isdisjoint(c.__name__ for c in seen.holders.get(path, object).__mro__)
             # A pattern names a layer, and is content with its kernel, or names the leaf itself.
             own = [p for p in self._named[path] if scope not in served or matches(p, path)]
             implied = self._all_linear and name == "kernel"

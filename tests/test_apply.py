@@ -448,7 +448,7 @@ def test_bare_params_are_a_model_error():
     ):
         jl.lora_apply(zoo.Mlp(), variables["params"], adapter, jnp.ones((2, 8)))
     with pytest.raises(ModelError, match=r"variables hold 'NoneType', expected the collection"):
-        jl.lora_apply(zoo.Mlp(), None, adapter, jnp.ones((2, 8)))  # pyright: ignore[reportArgumentType]
+        jl.lora_apply(zoo.Mlp(), None, adapter, jnp.ones((2, 8)))  # type: ignore
 
 
 def test_a_bare_tree_of_leaves_is_an_adapter_error():
@@ -546,3 +546,31 @@ def test_neither_the_leaves_nor_the_interceptor_outlive_the_call():
     jl.lora_apply(model, variables, trained(adapter), x)
     assert jax.tree.structure(variables) == before
     np.testing.assert_array_equal(model.apply(variables, x), base)
+
+
+class JittedCall(nn.Module):
+    """As gemma's Transformer: nn.jit keeps what it has traced from one call to the next."""
+
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="dense")(x)
+
+    @nn.nowrap
+    def other(self, x):
+        return x
+
+
+def test_a_method_under_nn_jit_is_seen_and_served_each_time():
+    model, x = JittedCall(), jnp.ones((2, 3))
+    variables = model.init(jax.random.key(0), x)
+    config = jl.LoraConfig(rank=2)
+    specs = [jl.plan(model, variables, config, x).spec for _ in range(2)]
+    assert specs[0] == specs[1]
+    adapter = trained(jl.lora_init(jax.random.key(1), model, variables, config, x))
+    merged = {"params": jl.merge(variables["params"], adapter)}
+    for _ in range(3):
+        out = jl.lora_apply(model, variables, adapter, x)
+        np.testing.assert_allclose(out, jnp.asarray(model.apply(merged, x)), 1e-5, 1e-5)
+    with pytest.raises(AdapterError, match="None of the 1 adapted layers ran"):
+        jl.lora_apply(model, variables, adapter, x, method="other")

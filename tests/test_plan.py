@@ -435,3 +435,21 @@ def test_what_is_no_module_no_variables_or_no_config_is_an_error():
         jl.plan(model, variables["params"], jl.LoraConfig(), X)
     with pytest.raises(ConfigError, match=r"The config is a dict, expected a LoraConfig"):
         jl.plan(model, variables, {"rank": 4}, X)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_table_that_is_transposed_past_its_layer_is_no_target_but_no_obstacle():
+    class Tied(nn.Module):
+        """As the Flax models of transformers 4 tie the output head."""
+
+        @nn.compact
+        def __call__(self, ids):
+            embed = nn.Embed(11, 6, name="embed")
+            x = nn.tanh(nn.Dense(6, name="mix")(embed(ids)))
+            return x @ embed.variables["params"]["embedding"].T
+
+    model, ids = Tied(), jnp.arange(5)
+    variables = model.init(jax.random.key(0), ids)
+    found = jl.plan(model, variables, jl.LoraConfig(rank=2), ids).sites
+    assert [site.path for site in found] == ["mix/kernel"]
+    with pytest.raises(TargetError, match="embed/embedding is changed on its way to its layer"):
+        jl.plan(model, variables, jl.LoraConfig(rank=2, targets="embed"), ids)
