@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 TORCH := .venv-torch
+GEMMA := .venv-gemma
+TF4 := .venv-tf4
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-interop lint bench bench-torch bench-quality clean
+.PHONY: help install demo test test-interop test-gemma test-transformers4 lint bench bench-torch bench-quality clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +33,12 @@ test-interop: $(VENV)/.dev $(TORCH)/.installed ## compare with torch, PEFT and l
 	  $(BIN)/python tests/references/check_$$form.py write $(TORCH)/$$form && \
 	  $(TORCH)/bin/python tests/references/check_$$form.py check $(TORCH)/$$form || exit 1; done
 
+test-gemma: $(GEMMA)/.installed ## Google's gemma library, in an environment of its own
+	$(GEMMA)/bin/python -m pytest tests/test_interop_gemma.py
+
+test-transformers4: $(TF4)/.installed ## the Flax models of transformers 4, in an environment of their own
+	$(TF4)/bin/python -m pytest tests/test_transformers4.py
+
 lint: $(VENV)/.dev ## format and lint in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -50,7 +58,7 @@ bench-quality: $(VENV)/.dev $(TORCH)/.installed ## LoRA against full fine-tuning
 	$(BIN)/python benchmarks/quality.py --no-train --markdown docs/quality.md
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) $(TORCH) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TORCH) $(GEMMA) $(TF4) .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -72,4 +80,20 @@ $(TORCH)/.installed:
 	$(PYTHON) -m venv $(TORCH)
 	$(TORCH)/bin/python -m pip install -q --disable-pip-version-check \
 	  torch==2.13.0+cpu peft==0.21.2 loralib==0.1.2 'transformers>=5' numpy rich
+	touch $@
+
+# gemma declares more than it imports, and versions that exclude one another: named one by one.
+$(GEMMA)/.installed:
+	$(PYTHON) -m venv $(GEMMA)
+	$(GEMMA)/bin/python -m pip install -q --disable-pip-version-check -e . pytest \
+	  'sentencepiece==0.2.0' 'etils[edc,enp,epath,epy,etree]' einops jaxtyping treescope grain \
+	  typeguard lark chex clu immutabledict ml_collections tabulate graphviz mediapy pandas altair \
+	  scikit-image tensorboard tensorflow-cpu tensorflow_datasets
+	$(GEMMA)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+	  gemma==3.3.0 kauldron==1.4.2
+	touch $@
+
+$(TF4)/.installed:
+	$(PYTHON) -m venv $(TF4)
+	$(TF4)/bin/python -m pip install -q --disable-pip-version-check -e . pytest transformers==4.57.6
 	touch $@

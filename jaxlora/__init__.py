@@ -30,3 +30,4 @@ from jaxlora.sampling import Sampling as Sampling
 from jaxlora.train import TrainState as TrainState
 from jaxlora.train import make_eval_step as make_eval_step
 from jaxlora.train import make_train_step as make_train_step
+from jaxlora.weight_space import weight_space as weight_space

@@ -19,7 +19,7 @@ from benchmarks.hlo import dots, total
 from jaxlora import tree
 from jaxlora.branch import LOW
 
-BATCH, SEQ, WIDTH, HIDDEN, HEADS, LAYERS, RANK = 2, 13, 24, 40, 2, 3, 3
+BATCH, SEQ, WIDTH, HIDDEN, HEADS, LAYERS, RANK = 2, 13, 24, 40, 2, 2, 3
 TOKENS = BATCH * SEQ
 X = jax.random.normal(jax.random.key(0), (BATCH, SEQ, WIDTH))
 TX = optax.adam(1e-3)
