@@ -16,7 +16,7 @@ from flax import nnx
 import jaxlora as jl
 from jaxlora.errors import AdapterError, ModelError, TargetError
 from jaxlora.interop import nnx as interop
-from jaxlora.interop import nnx_attach
+from jaxlora.interop import nnx_attach, peft
 from jaxlora.interop.nnx import attach, detach, params
 from tests.test_properties import assert_close, assert_trees_close, assert_trees_equal
 
@@ -644,3 +644,23 @@ def test_a_rule_that_comes_later_is_found():
 
     adapter = trained(jl.lora_init(jax.random.key(0), model, jl.LoraConfig(rank=2), x))
     assert_close(jl.lora_apply(model, adapter, x), jl.merge(model, adapter)(x))
+
+
+def test_an_adapter_of_an_nnx_module_goes_to_peft_and_comes_back(tmp_path):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(4, 8, rngs=rngs)
+            self.down = nnx.Linear(8, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.down(nnx.relu(self.up(x)))
+
+    net, x, names = Net(nnx.Rngs(0)), jnp.ones((1, 4)), {"up": "fc.0", "down": "fc.2"}
+    adapter = jl.lora_init(jax.random.key(1), net, jl.LoraConfig(rank=2), x)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1, adapter)
+    peft.save(tmp_path / "peft", adapter, net, names)
+    loaded = peft.load(tmp_path / "peft", net, None, x, names=names)
+    assert sorted(loaded.values()) == sorted(adapter.values())
+    for path, leaf in adapter.values().items():
+        np.testing.assert_array_equal(loaded.values()[path], leaf)
+    np.testing.assert_array_equal(jl.lora_apply(net, loaded, x), jl.lora_apply(net, adapter, x))

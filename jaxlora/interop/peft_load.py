@@ -30,8 +30,8 @@ _FILES = ("adapter_config.json", SAFETENSORS, PICKLE)
 
 def load(
     source: str | Path,
-    model: nn.Module,
-    variables: Mapping[str, Any],
+    model: Any,
+    variables: Mapping[str, Any] | None,
     *inputs: Any,
     names: Names | Mapping[str, str] | None = None,
     dtype: Any = None,
@@ -42,9 +42,10 @@ def load(
 
     Args:
       source: a folder, or an id on the Hugging Face hub.
-      model: the model; of one of `jaxlora.models` the names in torch are known.
-      variables: its variables. Their values are needed by adapters that say how they began from
-        them (`init_lora_weights` "pissa" or "olora"); others take ShapeDtypeStructs as well.
+      model: the model, Linen's or NNX's; of one of `jaxlora.models` the names in torch are known.
+      variables: its variables; None for an NNX module, which has its own. Their values are needed
+        by adapters that say how they began from them (`init_lora_weights` "pissa" or "olora");
+        others take ShapeDtypeStructs as well.
       *inputs: example inputs for `model.apply`, only traced; of a model of `jaxlora.models` not
         needed.
       names: for any other model {our module path: torch's module path}, `{}` for a layer's number.
@@ -75,18 +76,28 @@ def load(
       ['model/layers_0/self_attn/q_proj/kernel', 'model/layers_0/self_attn/v_proj/kernel']
     """
     folder = hub.resolve(source, revision, files=_FILES, holds=" and ".join(_FILES[:2]))
-    params = base_params(model, variables)
+    linen = isinstance(model, nn.Module) or variables is not None
+    params = base_params(model, variables) if linen else _params_of_nnx(model)
     found = open_source(folder, model, params, factors.names_of(model, names))
     adapted = adapted_modules(found)
     lora = _lora_config(found, adapted, dtype)
     inputs = factors.example_inputs(model, inputs)
     try:
-        spec = plan(model, variables, lora, *inputs, **kwargs).spec
+        args: Any = (variables, lora) if linen else (lora,)
+        spec = plan(model, *args, *inputs, **kwargs).spec
     except TargetError as e:
         raise CheckpointError(f"{folder} does not fit the model: {e}") from e
-    if factors.tied_head(model) is None:
+    if not linen:  # whether one is multiplied with as well is not looked into
+        _check_tables(folder, spec, {site.path for site in spec.sites if site.lookup})
+    elif factors.tied_head(model) is None:
         _check_tables(folder, spec, _attended(model, variables, inputs, kwargs))
     return _filled(found, spec, adapted, params)
+
+
+def _params_of_nnx(model: Any) -> tree.Tree:
+    from jaxlora.interop import nnx  # imported only where there is such a model
+
+    return nnx.params(model)
 
 
 def _attended(model: nn.Module, variables: Any, inputs: Any, kwargs: Any) -> set[str]:
@@ -109,9 +120,9 @@ def _check_tables(folder: Path, spec: Spec, attended: Collection[str]) -> None:
     changed = {site.path for site in spec.sites} | {x.path for x in spec.saved if not x.rows}
     if both := sorted(changed & set(attended)):
         raise CheckpointError(
-            f"{folder} changes {listing(both)}, which this model looks up and multiplies with. In "
-            "torch these are two modules and the adapter changes one of them, here it would "
-            "change both. Expected an adapter that leaves the table alone."
+            f"{folder} changes {listing(both)}, which this model looks up and multiplies with, or "
+            "may, as an NNX model's tables. In torch these are two modules and the adapter changes "
+            "one of them, here it would change both. Expected one that leaves the table alone."
         )
 
 
