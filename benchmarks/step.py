@@ -67,7 +67,10 @@ CASES = {
         ),
         baselines=BOTH,
     ),
-    "2048": Case(tokens=2048, sequence=512, adapters=ALL_WAYS, baselines=BOTH),
+    "2048": Case(
+        tokens=2048, adapters=(("q,v", 8, ("jaxlora", "Qwix")), ("all", 8, ("jaxlora", "Qwix")))
+    ),
+    "long": Case(tokens=2048, sequence=512, adapters=ALL_WAYS, baselines=BOTH),
     "scan": Case(scan=True, adapters=(("all", 8, ("jaxlora", "Qwix", "interceptor")),)),
     "remat": Case(scan=True, remat=True),
     "dropout": Case(dropout=0.1),

@@ -1,4 +1,4 @@
-"""The same decoder in torch: full fine-tuning and PEFT's LoRA.
+"""The same decoder in torch: full fine-tuning and PEFT's LoRA, and inference merged and not.
 
 Run in an environment with torch, peft and rich (made with torch 2.13.0+cpu, peft 0.21.2):
 
@@ -71,25 +71,26 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    tables = [measured(options, tokens) for tokens in options.tokens]
+    tables = [
+        table
+        for tokens in options.tokens
+        for table in (steps(options, tokens), runs(options, tokens))
+    ]
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     results.write(
         options.out,
-        "Training step in torch",
+        "Torch and PEFT",
         f"The same {options.layers} layers of width {options.width} in torch, with PEFT's LoRA and "
-        "Adam. The ratios are to torch's own full fine-tuning.",
+        "Adam. The ratios are to torch's own full fine-tuning and its own base.",
         tables,
         device=name,
         settings=vars(options),
     )
 
 
-def measured(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
-    """The table of a number of tokens."""
-    sequence = options.sequence or tokens // 4
-    dtype = getattr(torch, options.dtype)
-    x = torch.randn(tokens // sequence, sequence, options.width)
-    x = x.to(options.device, dtype)
+def steps(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
+    """The table of the training steps of a number of tokens."""
+    x = inputs(options, tokens)
     ways = {"full": step(options, x, None, 0)}
     if options.compile:
         ways["full, compiled"] = step(options, x, None, 0, compiled=True)
@@ -99,25 +100,75 @@ def measured(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
             if options.compile:
                 run = step(options, x, name, rank, compiled=True)
                 ways[f"PEFT, {name} r={rank}, compiled"] = run
-    title = f"{tokens:,} tokens in sequences of {sequence}, {options.dtype}"
+    return compared(options, x, ways, "full", "Training step")
+
+
+def runs(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
+    """The table of the forward passes of a number of tokens."""
+    x = inputs(options, tokens)
+    ways = {"base": forward(model_of(options, x, None, 0), x)}
+    for rank in options.ranks:
+        ways[f"PEFT unmerged, all r={rank}"] = forward(model_of(options, x, "all", rank), x)
+        merged = model_of(options, x, "all", rank).merge_and_unload()
+        ways[f"PEFT merged, all r={rank}"] = forward(merged, x)
+    return compared(options, x, ways, "base", "Forward pass")
+
+
+def inputs(options: argparse.Namespace, tokens: int) -> Any:
+    """(batch, sequence, width)."""
+    sequence = options.sequence or tokens // 4
+    x = torch.randn(tokens // sequence, sequence, options.width)
+    return x.to(options.device, getattr(torch, options.dtype))
+
+
+def compared(
+    options: argparse.Namespace, x: Any, ways: dict[str, Any], base: str, what: str
+) -> dict[str, Any]:
+    """The table of ways run in turn, over one of them."""
+    batch, sequence, _ = x.shape
+    title = f"{what}: {batch * sequence:,} tokens in sequences of {sequence}, {options.dtype}"
     times = in_turn(ways, options.rounds, title)
-    base = times["full"]
     rows = [
-        [name, own.over(base), own.spread(base), own.over_at_best(base), own.median_ms]
+        [
+            name,
+            own.over(times[base]),
+            own.spread(times[base]),
+            own.over_at_best(times[base]),
+            own.median_ms,
+        ]
         for name, own in times.items()
     ]
-    return results.table(title, ["way", "step / full", "10-90 %", "at best", "ms"], rows)
+    return results.table(title, ["way", f"time / {base}", "10-90 %", "at best", "ms"], rows)
+
+
+def model_of(options: argparse.Namespace, x: Any, targets: str | None, rank: int) -> Any:
+    """The decoder, with PEFT's adapter where there are targets."""
+    layers = [Layer(options.width, options.heads) for _ in range(options.layers)]
+    model: Any = torch.nn.Sequential(*layers).to(x.device, x.dtype)
+    if targets is None:
+        return model
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS[targets])
+    return peft.get_peft_model(model, config)
+
+
+def forward(model: Any, x: Any) -> Callable[[], None]:
+    """A forward pass that waits for its end."""
+    model.eval()
+
+    def once() -> None:
+        with torch.inference_mode():
+            model(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    return once
 
 
 def step(
     options: argparse.Namespace, x: Any, targets: str | None, rank: int, compiled: bool = False
 ) -> Callable[[], None]:
     """A training step that waits for its end."""
-    layers = [Layer(options.width, options.heads) for _ in range(options.layers)]
-    model: Any = torch.nn.Sequential(*layers).to(x.device, x.dtype)
-    if targets:
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS[targets])
-        model = peft.get_peft_model(model, config)
+    model = model_of(options, x, targets, rank)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-4)
     run = torch.compile(model) if compiled else model
