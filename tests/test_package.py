@@ -43,6 +43,7 @@ ORDER = [
     "about",
     "checkpoint",
     "train",
+    "sharding",
     "algebra",
     "ranks",
     "rows",
