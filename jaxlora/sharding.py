@@ -4,23 +4,31 @@ A factor shares axes with its kernel, and lies along them as the kernel does; th
 device. So the branch needs no more of the base than the layer itself: no kernel is gathered for it.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from flax.linen import spmd
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxlora import tree
 from jaxlora.adapter import Adapter, Spec
-from jaxlora.errors import AdapterError, listing, nearest
+from jaxlora.errors import ShardingError, listing, nearest
 from jaxlora.plan import Plan
 from jaxlora.train import TrainState
 
 
 def adapter_shardings(
-    plan_or_spec: Plan | Spec, params_or_specs: tree.Tree, mesh: Mesh, *, rules: Any = None
+    plan_or_spec: Plan | Spec,
+    params_or_specs: tree.Tree,
+    mesh: Mesh | AbstractMesh,
+    *,
+    rules: Any = None,
 ) -> Adapter:
     """Gives each LoRA leaf the sharding of the base's leaf that it belongs to, axis by axis.
 
@@ -42,7 +50,7 @@ def adapter_shardings(
       and what `jax.device_put` takes.
 
     Raises:
-      AdapterError: the base lacks a leaf that is adapted, or a name is no axis of the mesh.
+      ShardingError: the base lacks a leaf that is adapted, or a name is no axis of the mesh.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxlora as jl
@@ -59,7 +67,7 @@ def adapter_shardings(
     base = tree.flat(params_or_specs)
     missing = [path for path in spec.base_shapes if path not in base]
     if missing:
-        raise AdapterError(
+        raise ShardingError(
             f"There is no sharding of {missing[0]}, which the adapter adapts. Nearest: "
             f"{listing(nearest(missing[0], base)) or 'there are none'}."
         )
@@ -136,13 +144,66 @@ def state_shardings(tx: optax.GradientTransformation, shardings: Adapter) -> Tra
     return TrainState(whole, shardings, optimizer_shardings(tx, shardings), whole)
 
 
-def _axis_names(path: str, leaf: Any, ndim: int, mesh: Mesh, rules: Any) -> list[Any]:
+@contextlib.contextmanager
+def rows_over(mesh: Mesh, axes: str | tuple[str, ...]) -> Iterator[None]:
+    """Keeps a batch's rows on their devices through all layers of a Linen model.
+
+    Without it XLA may move activations between devices instead of what is smaller: with kernels
+    sharded as for FSDP it sums whole activations. Enter it inside the function that is jitted, for
+    models each of whose modules has the rows on the first axis of its input and its output.
+
+    Args:
+      mesh: the mesh, with axes of type Auto.
+      axes: those that the rows are sharded over.
+
+    Raises:
+      ShardingError: the mesh has no such axis.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxlora as jl
+      >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> @jax.jit
+      ... def run(variables, x):
+      ...     with jl.rows_over(mesh, "data"):
+      ...         return model.apply(variables, x)
+      >>> run(variables, x).shape
+      (2, 3)
+    """
+    unknown = {*(axes if isinstance(axes, tuple) else (axes,))} - {*mesh.axis_names}
+    if unknown:
+        raise ShardingError(
+            f"The rows are to lie over {listing(sorted(unknown))}, expected axes of the mesh: "
+            f"{listing(mesh.axis_names)}."
+        )
+
+    def stay(x: Any) -> Any:
+        floating = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+        if not floating or x.ndim < 2 or x.shape[0] % _devices(mesh, axes):
+            return x
+        rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes, *rest)))
+
+    def call(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name != "__call__":
+            return run(*args, **kwargs)
+        y = run(*map(stay, args), **kwargs)
+        return stay(y)
+
+    with nn.intercept_methods(call):
+        yield
+
+
+def _axis_names(
+    path: str, leaf: Any, ndim: int, mesh: Mesh | AbstractMesh, rules: Any
+) -> list[Any]:
     """The mesh's axes along each axis of a leaf of the base."""
     if tree.is_box(leaf):
         leaf = nn.get_partition_spec(leaf)
         rules = rules or nn.get_logical_axis_rules()
         if rules:
-            leaf = nn.logical_to_mesh(leaf, rules)
+            leaf = spmd.logical_to_mesh(leaf, rules)
     elif tree.is_array(leaf):
         leaf = getattr(leaf, "sharding", None)
     if isinstance(leaf, jax.sharding.Sharding):
@@ -151,14 +212,14 @@ def _axis_names(path: str, leaf: Any, ndim: int, mesh: Mesh, rules: Any) -> list
     for name in names:
         unknown = {*(name if isinstance(name, tuple) else (name,))} - {None, *mesh.axis_names}
         if unknown:
-            raise AdapterError(
+            raise ShardingError(
                 f"{path} is sharded over {listing(sorted(map(str, unknown)))}, expected axes of "
                 f"the mesh: {listing(mesh.axis_names)}. Pass `rules` for logical names."
             )
     return [*names, *[None] * (ndim - len(names))]
 
 
-def _devices(mesh: Mesh, name: Any) -> int:
+def _devices(mesh: Mesh | AbstractMesh, name: Any) -> int:
     """The number of devices along an axis of the mesh, along several, or along none."""
     names = name if isinstance(name, tuple) else () if name is None else (name,)
     return math.prod(mesh.shape[n] for n in names)
