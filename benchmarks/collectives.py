@@ -120,18 +120,19 @@ def _zeros(spec: jl.Spec) -> jl.Adapter:
 def main() -> None:
     """Print the table."""
     jax.config.update("jax_num_cpu_devices", 8)
-    print("| mesh | kind | base: count | KB | with the adapter: count | KB |")
-    print("|---|---|---|---|---|---|")
+    print("| mesh | kind | base alone | with the adapter | without `rows_over` |")
+    print("|---|---|---|---|---|")
     for sizes in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]:
         names = ("data", "fsdp", "tensor")
         mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3)
         base, lora, adapter = measured(mesh, width=512, rank=8, length=128)
+        free = measured(mesh, width=512, rank=8, length=128, rows_stay=False)[1]
         name = " x ".join(f"{n} {size}" for n, size in zip(names, sizes, strict=True) if size > 1)
         for kind in KINDS:
-            if base[kind][0] or lora[kind][0]:
-                cells = [f"{x[kind][0]} | {x[kind][1] / 1e3:,.0f}" for x in (base, lora)]
+            if base[kind][0] or lora[kind][0] or free[kind][0]:
+                cells = [f"{x[kind][0]}: {x[kind][1] / 1e3:,.0f} KB" for x in (base, lora, free)]
                 print(f"| {name} | {kind} | {' | '.join(cells)} |")
-        print(f"| {name} | (the adapter has {adapter / 1e3:,.0f} KB) | | | | |", flush=True)
+    print(f"\nThe adapter has {adapter / 1e3:,.0f} KB.")
 
 
 if __name__ == "__main__":
