@@ -27,6 +27,10 @@ from jaxlora.plan import Plan as Plan
 from jaxlora.plan import plan as plan
 from jaxlora.quantize import quantize as quantize
 from jaxlora.sampling import Sampling as Sampling
+from jaxlora.sharding import adapter_shardings as adapter_shardings
+from jaxlora.sharding import optimizer_shardings as optimizer_shardings
+from jaxlora.sharding import rows_over as rows_over
+from jaxlora.sharding import state_shardings as state_shardings
 from jaxlora.train import TrainState as TrainState
 from jaxlora.train import make_eval_step as make_eval_step
 from jaxlora.train import make_train_step as make_train_step

@@ -30,6 +30,10 @@ class AdapterError(LoraError, ValueError):
     """An adapter that does not fit the params, or holds values it must not."""
 
 
+class ShardingError(LoraError, ValueError):
+    """A mesh, or a sharding, that does not fit the devices or the params."""
+
+
 class CheckpointError(LoraError, ValueError):
     """A saved adapter or model that is damaged, foreign, or does not fit."""
 

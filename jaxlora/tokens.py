@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
 from jaxlora.errors import ConfigError
 
@@ -70,7 +71,9 @@ def product(batch: int, kind: str, precision: Any, x: Array, w: Array) -> Array:
         # Apart holds `rank` rows for each item of the first axis: few beside its own tokens.
         way = "apart" if jax.device_count() > 1 and rest >= 8 * w.shape[batch] else "flat"
     run, seen = _dot, (math.prod(tokens),)
-    if way == "apart" and len(tokens) > 1:
+    if any(_names(x)[batch + 1 : -1]):  # an axis of type Explicit, which cannot be flattened
+        run, seen = (_apart if len(tokens) == 2 else _dot), tokens
+    elif way == "apart" and len(tokens) > 1:
         run, seen = _apart, (tokens[0], rest)
     y = run(batch, kind, precision, x.reshape(*shared, *seen, x.shape[-1]), w)
     return y.reshape(*shared, *tokens, y.shape[-1])
@@ -103,4 +106,29 @@ def _apart_jvp(
 def _dot(batch: int, kind: str, precision: Any, x: Array, w: Array) -> Array:
     contracted = ((x.ndim - 1,), (batch + (kind == "ri"),))
     shared = tuple(range(batch))
-    return jax.lax.dot_general(x, w, (contracted, (shared, shared)), precision=precision)
+    return jax.lax.dot_general(
+        x,
+        w,
+        (contracted, (shared, shared)),
+        precision=precision,
+        out_sharding=_out_sharding(batch, kind, x, w),
+    )
+
+
+def _names(x: Array) -> list[Any]:
+    """The mesh's axes of type Explicit along each axis of an array."""
+    return list(jax.typeof(x).sharding.spec)
+
+
+def _out_sharding(batch: int, kind: str, x: Array, w: Array) -> PartitionSpec | None:
+    """What explicit sharding asks for where both operands are sharded alike: tokens stay put."""
+    of_x, of_w = _names(x), _names(w)
+    last = of_w.pop(batch + (kind == "ri"))
+    if not any(of_w[batch:]) and not (last and of_x[-1]):
+        return None
+    taken = {name for axis in of_x[:-1] for name in (axis if isinstance(axis, tuple) else (axis,))}
+    free = [
+        name if not taken & {*(name if isinstance(name, tuple) else (name,))} else None
+        for name in of_w[batch:]
+    ]
+    return PartitionSpec(*of_x[:-1], *free)

@@ -49,6 +49,7 @@ def make_train_step(
     *,
     has_aux: bool = False,
     axis_name: str | None = None,
+    shardings: TrainState | None = None,
 ) -> StepFn:
     """Compiles a step that updates the adapter and nothing else.
 
@@ -61,6 +62,8 @@ def make_train_step(
       has_aux: `loss_fn` returns (loss, dict of scalar metrics).
       axis_name: run under `jax.pmap` with this axis name: state and batch have a leading device
         axis, the base is shared, gradients and metrics are averaged.
+      shardings: how the state lies on a mesh, from `state_shardings`: it comes back as it went in,
+        and the step compiles once.
 
     Returns:
       `step(state, variables, batch) -> (state, metrics)`, jitted or pmapped. Metrics hold "loss",
@@ -103,7 +106,8 @@ def make_train_step(
         return state, {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
 
     if axis_name is None:
-        return jax.jit(step, donate_argnums=0)
+        out = None if shardings is None else (shardings, None)
+        return jax.jit(step, donate_argnums=0, out_shardings=out)
     return jax.pmap(step, axis_name, in_axes=(0, None, 0), donate_argnums=0)
 
 

@@ -45,6 +45,7 @@ ORDER = [
     "about",
     "checkpoint",
     "train",
+    "sharding",
     "algebra",
     "ranks",
     "rows",

@@ -14,6 +14,7 @@ from jaxlora.batches import Example
 from jaxlora.config import ALL_LINEAR, LoraConfig
 from jaxlora.errors import ConfigError, DataError
 from jaxlora.fetch import ASSETS, fetch
+from jaxlora.tasks.mesh import mesh_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,8 @@ class Settings:
     """Steps between writes of the log."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype that the model computes in."""
+    mesh: str | None = None
+    """Devices by the axes data, fsdp and tensor: data=2,fsdp=2,tensor=2. By default one device."""
     seed: int = 0
     """Seed of the factors, fresh heads, the order and the dropout."""
 
@@ -126,14 +129,14 @@ class Problem:
     cut: int = 0
 
 
-def load_model(name: str, **options: Any) -> Any:
-    """Load a model with its tokenizer, as `pretrained` does.
+def load_model(name: str, mesh: str | None = None, **options: Any) -> Any:
+    """Load a model with its tokenizer, as `pretrained` does, on the mesh that a setting describes.
 
     Raises:
       ConfigError: the name is that of data, or the model has no tokenizer.
       CheckpointError: there is no such model.
     """
-    found = pretrained(name, **options)
+    found = pretrained(name, mesh=None if mesh is None else mesh_of(mesh), **options)
     if found[2] is None:
         raise ConfigError(f"Model {name} has no tokenizer, expected one beside its weights.")
     return found

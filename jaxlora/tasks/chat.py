@@ -64,7 +64,7 @@ class Chat(Settings):
 
     def load(self) -> Any:
         """The causal model."""
-        return load_model(self.model, head="lm", dtype=jnp.dtype(self.dtype))
+        return load_model(self.model, self.mesh, head="lm", dtype=jnp.dtype(self.dtype))
 
     def problem(self, pretrained: Any) -> Problem:
         """The dialogues as tokens, the loss of the answers, and its perplexity."""

@@ -88,6 +88,7 @@ class Classify(Settings):
         pooling = "mean" if self.pooling == "auto" and self.model == "minilm" else self.pooling
         return load_model(
             self.model,
+            self.mesh,
             head="classification",
             num_labels=len(self.classes),
             key=jax.random.key(self.seed),

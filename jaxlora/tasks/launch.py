@@ -15,9 +15,11 @@ from jaxlora.errors import ConfigError, RunError, nearest
 from jaxlora.fit import Result, fit
 from jaxlora.init import lora_init
 from jaxlora.runs import BEST, LAST, Run, read_config
+from jaxlora.sharding import adapter_shardings, state_shardings
 from jaxlora.tasks.base import Settings, optimizer
 from jaxlora.tasks.chat import Chat
 from jaxlora.tasks.classify import Classify
+from jaxlora.tasks.mesh import mesh_of, placing, rows_stay
 from jaxlora.tasks.nlg import Nlg
 from jaxlora.train import TrainState, make_train_step
 
@@ -58,6 +60,7 @@ def train(
         a loss that is not finite.
     """
     settings = settings.filled()
+    mesh = None if settings.mesh is None else mesh_of(settings.mesh, settings.batch_size)
     runs.check(settings.out, to_dict(settings), resume=resume)
     pretrained = settings.load()
     problem = settings.problem(pretrained)
@@ -75,6 +78,12 @@ def train(
     adapter = lora_init(key, model, variables, problem.config, *problem.inputs)
     tx, schedule = optimizer(settings, steps)
     state = TrainState.create(adapter, tx, jax.random.fold_in(key, 1))
+    loss, place, made = problem.loss, None, None
+    if mesh is not None:
+        made = state_shardings(tx, adapter_shardings(adapter.spec, params, mesh))
+        state = jax.device_put(state, made)
+        loss, place = rows_stay(loss, mesh), placing(mesh, made)
+    step = make_train_step(loss, tx, shardings=made)
     say(summary(params, adapter))
     say(
         f"{len(problem.train):,} training and {len(problem.valid):,} validation examples, "
@@ -85,7 +94,7 @@ def train(
     result = fit(
         run,
         state,
-        make_train_step(problem.loss, tx),
+        step if place is None else lambda *args: step(*place(*args)),
         variables,
         batches,
         steps=steps,
@@ -119,7 +128,7 @@ def load_run(folder: str | Path, which: str = BEST) -> Trained:
       RunError: no run, or no such checkpoint.
       CheckpointError: the adapter is damaged or of another base.
     """
-    settings = read_settings(folder)
+    settings = dataclasses.replace(read_settings(folder), mesh=None)
     checkpoint = Path(folder) / which
     recover(checkpoint)
     if not checkpoint.is_dir():

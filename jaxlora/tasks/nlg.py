@@ -70,7 +70,7 @@ class Nlg(Settings):
 
     def load(self) -> Any:
         """The causal model."""
-        return load_model(self.model, head="lm", dtype=jnp.dtype(self.dtype))
+        return load_model(self.model, self.mesh, head="lm", dtype=jnp.dtype(self.dtype))
 
     def problem(self, pretrained: Any) -> Problem:
         """The rows as tokens, the smoothed loss of the texts, and its perplexity."""
