@@ -14,7 +14,14 @@ import numpy as np
 from jaxlora import tree
 from jaxlora.adapter import Adapter, SavedLeaf, Site, Spec, check_base
 from jaxlora.config import LoraConfig
-from jaxlora.errors import AdapterError, CheckpointError, ConfigError, listing, nearest
+from jaxlora.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    DamageError,
+    listing,
+    nearest,
+)
 from jaxlora.layout import KernelLayout
 
 FORMAT = 1
@@ -113,7 +120,7 @@ def check_sums(where: Path, leaves: Mapping[str, Any], checksums: Mapping[str, A
     """Raises CheckpointError if a leaf has another checksum than was saved with it."""
     for path, x in leaves.items():
         if checksums.get(path) != checksum(x):
-            raise CheckpointError(
+            raise DamageError(
                 f"{where} is damaged: leaf {path} does not have the checksum that was saved with "
                 "it. Go back to an earlier checkpoint."
             )
@@ -184,9 +191,9 @@ def checksum(x: Any) -> int:
     return zlib.crc32(np.ascontiguousarray(jax.device_get(x)).tobytes())
 
 
-def damaged(where: Path, e: Exception) -> CheckpointError:
+def damaged(where: Path, e: Exception) -> DamageError:
     """The error about a checkpoint that cannot be read."""
     said = str(e).strip().split("\n")[0][:300]
-    return CheckpointError(
+    return DamageError(
         f"{where} is damaged: {type(e).__name__}: {said}. Go back to an earlier checkpoint."
     )

@@ -69,7 +69,7 @@ def save_state(
         _STATE: ocp.args.StandardSave(tree.nested(leaves)),
         _RUN: ocp.args.JsonSave(run),
     }
-    recover(path)
+    recover(path, tidy=True)
     return save_adapter(path, state.adapter, params=params, overwrite=overwrite, items=items)
 
 
@@ -100,16 +100,24 @@ def load_state(
         )
     run = _read_run(final)
     wanted = _leaves(like)
-    stored = tree.flat(ocp.StandardCheckpointHandler().metadata(epath.Path(final / _STATE)).tree)
+    try:
+        found = ocp.StandardCheckpointHandler().metadata(epath.Path(final / _STATE)).tree
+    except Exception as e:
+        raise damaged(final, e) from e
+    stored = tree.flat(found)
     _check_stored(final, stored, wanted)
     leaves = restored(final, _STATE, stored, run["checksums"])
     names, structure = _names(like.opt_state)
+    try:
+        key = jax.random.wrap_key_data(leaves["key"], impl=run["key"])
+    except (KeyError, ValueError, TypeError) as e:
+        raise damaged(final / _RUN, e) from e
     return dataclasses.replace(
         like,
         step=leaves["step"],
         adapter=adapter,
         opt_state=jax.tree.unflatten(structure, [leaves[name] for name in names]),
-        key=jax.random.wrap_key_data(leaves["key"], impl=run["key"]),
+        key=key,
     ), run["about"]
 
 

@@ -49,6 +49,7 @@ ORDER = [
     "batches",
     "metrics",
     "resume",
+    "saver",
     "runs",
     "fit",
 ]
