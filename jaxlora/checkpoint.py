@@ -221,7 +221,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         )
     try:
         about = json.loads(_about_file(folder).read_text())
-    except (ValueError, OSError) as e:
+    except (ValueError, RecursionError, OSError) as e:
         raise damaged(_about_file(folder), e) from e
     check_format(about, _about_file(folder))
     return about

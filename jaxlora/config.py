@@ -159,7 +159,7 @@ class LoraConfig:
         """The inverse of `to_json`."""
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise ConfigError(f"The config is not JSON: {e}.") from e
         if not isinstance(fields, dict):
             raise ConfigError(f"The config is a JSON {type(fields).__name__}, expected an object.")
@@ -265,7 +265,7 @@ def _roles(name: str, value: Any) -> str:
 def _float_dtype(value: Any) -> np.dtype:
     try:
         dtype = jnp.dtype(value)
-    except TypeError:
+    except (TypeError, ValueError):
         raise ConfigError(f"param_dtype is {value!r}, expected a floating dtype.") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ConfigError(f"param_dtype is {dtype.name}, expected a floating dtype.")

@@ -145,7 +145,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
         run = json.loads(file.read_text())
         if not {"about", "key", "checksums"} <= set(run):
             raise KeyError("about, key or checksums")
-    except (ValueError, KeyError, TypeError, OSError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as e:
         raise damaged(file, e) from e
     return run
 

@@ -151,8 +151,10 @@ def check_field(field: dataclasses.Field[Any], value: Any) -> None:
             raise ConfigError(f"{name} is {value!r}, expected a probability in [0, 1).")
     elif field.type in (int, int | None):
         least = 0 if name.endswith("_token_id") else 1
-        if type(value) is not int or value < least:
-            raise ConfigError(f"{name} is {value!r}, expected an integer of at least {least}.")
+        if type(value) is not int or not least <= value < 2**31:
+            raise ConfigError(
+                f"{name} is {value!r}, expected an integer of at least {least}, below 2**31."
+            )
     elif field.type is float:
         if not _is_number(value) or not 0 <= value < math.inf:
             raise ConfigError(f"{name} is {value!r}, expected a number of at least 0.")
