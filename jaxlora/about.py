@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import zlib
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -27,6 +28,9 @@ from jaxlora.layout import KernelLayout
 FORMAT = 1
 """The version of what is said. A reader refuses newer ones."""
 
+SUM = "sum"
+"""The name of the checksum of all that is said."""
+
 _SAMPLES = 1024  # elements of each base leaf that go into its fingerprint
 
 
@@ -38,7 +42,7 @@ def describe(adapter: Adapter, params: tree.Tree | None, packages: tuple[str, ..
       params: the base, whose fingerprint is taken, or None.
       packages: those whose versions are noted.
     """
-    return {
+    about = {
         "format": FORMAT,
         "versions": {name: version(name) for name in packages},
         "spec": {
@@ -49,6 +53,13 @@ def describe(adapter: Adapter, params: tree.Tree | None, packages: tuple[str, ..
         "checksums": {path: checksum(x) for path, x in adapter.values().items()},
         "base": None if params is None else _fingerprint(params, adapter.spec),
     }
+    return about | {SUM: text_sum(about)}
+
+
+def text_sum(about: Mapping[str, Any]) -> int:
+    """The crc32 of JSON types, whatever was written beside them under `SUM`."""
+    told = {name: value for name, value in about.items() if name != SUM}
+    return zlib.crc32(json.dumps(told, sort_keys=True).encode())
 
 
 def check_format(about: Any, where: Path) -> None:
@@ -62,6 +73,16 @@ def check_format(about: Any, where: Path) -> None:
     if found > FORMAT:
         raise CheckpointError(
             f"{where} has format {found}, this jaxlora reads up to {FORMAT}. Upgrade jaxlora."
+        )
+    check_text(about, where)
+
+
+def check_text(about: Mapping[str, Any], where: Path) -> None:
+    """Raises DamageError if JSON types are not those that their checksum was taken of."""
+    if SUM in about and about[SUM] != text_sum(about):
+        raise DamageError(
+            f"{where} is damaged: it does not have the checksum that was saved with it. Go back to "
+            "an earlier checkpoint."
         )
 
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxlora import tree
-from jaxlora.about import checksum, damaged
+from jaxlora.about import SUM, check_text, checksum, damaged, text_sum
 from jaxlora.checkpoint import load_adapter, recover, restored, save_adapter
 from jaxlora.errors import CheckpointError, listing
 from jaxlora.train import TrainState
@@ -60,11 +60,12 @@ def save_state(
       {'epoch': 1}
     """
     leaves = _leaves(state)
-    run = {
+    run: dict[str, Any] = {
         "about": dict(about or {}),
         "key": str(jax.random.key_impl(state.key)),
         "checksums": {name: checksum(x) for name, x in leaves.items()},
     }
+    run[SUM] = text_sum(run)
     items = {
         _STATE: ocp.args.StandardSave(tree.nested(leaves)),
         _RUN: ocp.args.JsonSave(run),
@@ -147,6 +148,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
             raise KeyError("about, key or checksums")
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as e:
         raise damaged(file, e) from e
+    check_text(run, file)
     return run
 
 

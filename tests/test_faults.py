@@ -3,6 +3,7 @@
 `FAULTS=200` kills that many times; the ordinary tests do it a few times.
 """
 
+import json
 import os
 import random
 import shutil
@@ -278,3 +279,56 @@ def test_saves_that_are_killed_lose_nothing_that_was_saved(tmp_path):
         state, about = load_state(tmp_path / "last", fresh())
         assert about["n"] == int(state.step)
         assert about["n"] >= int(said[-1] if said else 1)
+
+
+REGIONS = """
+import json, pathlib, sys, tempfile
+import jax, numpy as np
+from jaxlora.errors import LoraError
+from tests import fuzz
+
+counts = {"exact": 0, "refused": 0, "changed": 0}
+
+
+def bytes_of(x):
+    key = hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if key else x).tobytes()
+
+
+def leaves(found):
+    return [bytes_of(x) for x in jax.tree.leaves(found)]
+
+
+with tempfile.TemporaryDirectory() as temporary:
+    root = pathlib.Path(temporary)
+    forms = fuzz.forms(root / "seeds")
+    for name in ("run", "safetensors"):
+        form, folder = forms[name], root / name
+        for file, data in form.seed.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(data)
+        whole = leaves(form.read(folder))
+        for file, data in form.seed.items():
+            steps = max(1, len(data) // 16)
+            flips = [data[:n] + bytes([data[n] ^ 1]) + data[n + 1:]
+                     for n in range(0, len(data), steps)]
+            cuts = [data[:n] for n in (0, len(data) // 2, len(data) - 1)]
+            for bad in flips + cuts:
+                (folder / file).write_bytes(bad)
+                try:
+                    counts["exact" if leaves(form.read(folder)) == whole else "changed"] += 1
+                except LoraError as e:
+                    assert str(folder) in str(e), e
+                    counts["refused"] += 1
+            (folder / file).write_bytes(data)
+print(json.dumps(counts))
+"""
+
+
+def test_each_region_of_each_file_damaged_is_exact_or_an_error_that_names_it():
+    command = [sys.executable, "-c", REGIONS]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    counts = json.loads(run.stdout)
+    assert counts["changed"] == 0
+    assert counts["refused"] > 100

@@ -33,12 +33,12 @@ def merged(variables, adapter, x):
 
 
 def test_threads_that_trace_at_once_each_get_their_own():
-    adapters = [adapter_of(n, ("inner", "out", "all-linear")[n % 3]) for n in range(16)]
+    adapters = [adapter_of(n, ("inner", "out", "all-linear")[n % 3]) for n in range(8)]
     start = threading.Barrier(len(adapters))
 
     def traced(adapter):
         start.wait()
-        for _ in range(3):  # a function of its own each time: it is traced anew
+        for _ in range(2):  # a function of its own each time: it is traced anew
             apply = jax.jit(lambda a, x: jl.lora_apply(MODEL, BASE, a, x))
             out = apply(adapter, X)
             base = jax.jit(lambda v, x: MODEL.apply(v, x))(BASE, X)
