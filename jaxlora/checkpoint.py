@@ -233,4 +233,7 @@ def _stored_leaves(folder: Path) -> dict[str, Any]:
         found = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / _LEAVES)).tree
     except Exception as e:
         raise damaged(folder, e) from e
-    return tree.flat(found)
+    leaves = tree.flat(found)
+    if bare := [path for path, x in leaves.items() if not hasattr(x, "shape")]:
+        raise damaged(folder, TypeError(f"{listing(bare)} is no array"))
+    return leaves

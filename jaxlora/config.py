@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -185,7 +186,7 @@ def _rank(name: str, value: Any) -> int:
 
 def _alpha(name: str, value: Any) -> float:
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not number or not 0 < value <= sys.float_info.max:  # JSON has integers beyond it
         raise ConfigError(f"{name} is {value!r}, expected a number greater than 0.")
     return float(value)
 

@@ -106,6 +106,8 @@ def load_state(
     except Exception as e:
         raise damaged(final, e) from e
     stored = tree.flat(found)
+    if bare := [name for name, x in stored.items() if not hasattr(x, "shape")]:
+        raise damaged(final, TypeError(f"{listing(bare)} is no array"))
     _check_stored(final, stored, wanted)
     leaves = restored(final, _STATE, stored, run["checksums"])
     names, structure = _names(like.opt_state)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import threading
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,8 +19,8 @@ class Net(nn.Module):
 
 
 X = jnp.linspace(-1, 1, 8).reshape(2, 4)
-MODEL = Net()
-BASE = MODEL.init(jax.random.key(0), X)
+MODEL: Any = Net()
+BASE: Any = MODEL.init(jax.random.key(0), X)
 
 
 def adapter_of(seed, targets="all-linear"):
@@ -28,7 +29,7 @@ def adapter_of(seed, targets="all-linear"):
     return jax.tree.map(lambda x: x + 0.1 * (seed + 1), adapter)
 
 
-def merged(variables, adapter, x):
+def merged(variables, adapter, x) -> Any:
     return MODEL.apply({"params": jl.merge(variables["params"], adapter)}, x)
 
 
@@ -38,6 +39,7 @@ def test_threads_that_trace_at_once_each_get_their_own():
 
     def traced(adapter):
         start.wait()
+        out = base = None
         for _ in range(2):  # a function of its own each time: it is traced anew
             apply = jax.jit(lambda a, x: jl.lora_apply(MODEL, BASE, a, x))
             out = apply(adapter, X)
@@ -65,12 +67,13 @@ class Outer(nn.Module):
 
 def test_an_adapter_inside_of_another_ones_call_adds_its_own_and_no_more():
     inner = adapter_of(1)
-    outer = Outer(inner)
-    variables = outer.init(jax.random.key(3), X)
+    before: Any = nn.Dense(4)
+    outer: Any = Outer(inner)
+    variables: Any = outer.init(jax.random.key(3), X)
     adapter = jl.lora_init(jax.random.key(4), outer, variables, jl.LoraConfig(rank=2), X)
     adapter = jax.tree.map(lambda x: x + 0.1, adapter)
     assert {s.path for s in adapter.spec.sites} == {"before/kernel", "after/kernel"}
-    params = jl.merge(variables["params"], adapter)
+    params: Any = jl.merge(variables["params"], adapter)
     y = X @ params["before"]["kernel"] + params["before"]["bias"]
     z = merged(BASE, inner, y)
     expected = z @ params["after"]["kernel"] + params["after"]["bias"]
@@ -79,7 +82,7 @@ def test_an_adapter_inside_of_another_ones_call_adds_its_own_and_no_more():
         np.testing.assert_allclose(found, expected, 1e-5, 1e-5)
     np.testing.assert_allclose(
         outer.apply(variables, X),
-        merged(BASE, inner, nn.Dense(4).apply({"params": variables["params"]["before"]}, X))
+        merged(BASE, inner, before.apply({"params": variables["params"]["before"]}, X))
         @ variables["params"]["after"]["kernel"]
         + variables["params"]["after"]["bias"],
         1e-5,
