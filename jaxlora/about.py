@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import zlib
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -14,11 +15,21 @@ import numpy as np
 from jaxlora import tree
 from jaxlora.adapter import Adapter, SavedLeaf, Site, Spec, check_base
 from jaxlora.config import LoraConfig
-from jaxlora.errors import AdapterError, CheckpointError, ConfigError, listing, nearest
+from jaxlora.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    DamageError,
+    listing,
+    nearest,
+)
 from jaxlora.layout import KernelLayout
 
 FORMAT = 1
 """The version of what is said. A reader refuses newer ones."""
+
+SUM = "sum"
+"""The name of the checksum of all that is said."""
 
 _SAMPLES = 1024  # elements of each base leaf that go into its fingerprint
 
@@ -31,7 +42,7 @@ def describe(adapter: Adapter, params: tree.Tree | None, packages: tuple[str, ..
       params: the base, whose fingerprint is taken, or None.
       packages: those whose versions are noted.
     """
-    return {
+    about = {
         "format": FORMAT,
         "versions": {name: version(name) for name in packages},
         "spec": {
@@ -42,6 +53,13 @@ def describe(adapter: Adapter, params: tree.Tree | None, packages: tuple[str, ..
         "checksums": {path: checksum(x) for path, x in adapter.values().items()},
         "base": None if params is None else _fingerprint(params, adapter.spec),
     }
+    return about | {SUM: text_sum(about)}
+
+
+def text_sum(about: Mapping[str, Any]) -> int:
+    """The crc32 of JSON types, whatever was written beside them under `SUM`."""
+    told = {name: value for name, value in about.items() if name != SUM}
+    return zlib.crc32(json.dumps(told, sort_keys=True).encode())
 
 
 def check_format(about: Any, where: Path) -> None:
@@ -55,6 +73,16 @@ def check_format(about: Any, where: Path) -> None:
     if found > FORMAT:
         raise CheckpointError(
             f"{where} has format {found}, this jaxlora reads up to {FORMAT}. Upgrade jaxlora."
+        )
+    check_text(about, where)
+
+
+def check_text(about: Mapping[str, Any], where: Path) -> None:
+    """Raises DamageError if JSON types are not those that their checksum was taken of."""
+    if SUM in about and about[SUM] != text_sum(about):
+        raise DamageError(
+            f"{where} is damaged: it does not have the checksum that was saved with it. Go back to "
+            "an earlier checkpoint."
         )
 
 
@@ -113,7 +141,7 @@ def check_sums(where: Path, leaves: Mapping[str, Any], checksums: Mapping[str, A
     """Raises CheckpointError if a leaf has another checksum than was saved with it."""
     for path, x in leaves.items():
         if checksums.get(path) != checksum(x):
-            raise CheckpointError(
+            raise DamageError(
                 f"{where} is damaged: leaf {path} does not have the checksum that was saved with "
                 "it. Go back to an earlier checkpoint."
             )
@@ -184,9 +212,9 @@ def checksum(x: Any) -> int:
     return zlib.crc32(np.ascontiguousarray(jax.device_get(x)).tobytes())
 
 
-def damaged(where: Path, e: Exception) -> CheckpointError:
+def damaged(where: Path, e: Exception) -> DamageError:
     """The error about a checkpoint that cannot be read."""
     said = str(e).strip().split("\n")[0][:300]
-    return CheckpointError(
+    return DamageError(
         f"{where} is damaged: {type(e).__name__}: {said}. Go back to an earlier checkpoint."
     )

@@ -7,6 +7,7 @@ call: a joint tree without the interceptor would give the base's outputs in sile
 function closed over an interceptor from outside would be cached with or without it.
 """
 
+import contextvars
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -28,6 +29,10 @@ from jaxlora.quantize import Quantized, unboxing_after
 Array = jax.Array
 BOUND = "_lora"
 """What follows a kernel's name where its factors stand during a call."""
+
+
+_innermost: contextvars.ContextVar[object] = contextvars.ContextVar("innermost", default=None)
+"""Which `lora_apply` of this thread is the one whose model is running."""
 
 
 @jax.tree_util.register_dataclass
@@ -112,11 +117,12 @@ def lora_apply(
     check_base(params, adapter.spec)
     joint = {**variables, "params": _bind(params, adapter, _dropout_key(rngs))}
 
+    mine = object()
     fired: dict[str, int] = {}  # how often each site has run: the calls draw their own masks
 
     def intercept(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         rule = layers.rule_for(context.orig_method)
-        if rule is None:
+        if rule is None or _innermost.get() is not mine:  # a call inside of this one has its own
             return next_method(*args, **kwargs)
         linear = rule(context.module, *args, **kwargs)
         kernel = context.module.get_variable("params", linear.param)
@@ -135,8 +141,12 @@ def lora_apply(
         fired[beside.site.path] = fired.get(beside.site.path, 0) + 1
         return adapted(beside, linear, y, context.module, fired[beside.site.path])
 
-    with nn.intercept_methods(intercept):
-        out = model.apply(joint, *args, rngs=rngs, mutable=mutable, **kwargs)
+    token = _innermost.set(mine)
+    try:
+        with nn.intercept_methods(intercept):
+            out = model.apply(joint, *args, rngs=rngs, mutable=mutable, **kwargs)
+    finally:
+        _innermost.reset(token)
     expected = [site for site in adapter.spec.sites if not site.weights]
     if expected and not fired:  # unless nn.jit has answered from its cache
         joint["params"] = _bind(params, adapter, _dropout_key(rngs), token=object())

@@ -6,6 +6,8 @@ writes under a temporary name and renames at the end, so a save that is killed l
 under the final name.
 """
 
+import contextlib
+import glob
 import json
 import os
 import shutil
@@ -87,15 +89,18 @@ def save_adapter(
         _LEAVES: ocp.args.StandardSave(tree.nested(adapter.values())),
         _ABOUT: ocp.args.JsonSave(about),
     } | dict(items or {})
-    final.parent.mkdir(parents=True, exist_ok=True)
-    if not final.exists():
-        _write(final, everything)
-        return final
-    aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{final.name}.replaced-"))
-    _write(aside / "new", everything)
-    os.rename(final, aside / "old")
-    os.rename(aside / "new", final)
-    shutil.rmtree(aside)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists():
+            _replace(final, everything)
+        else:
+            _write(final, everything)
+    except Exception as e:  # a full disk, a folder that is read-only, another writer
+        said = str(e).strip().split("\n")[0][:300]
+        raise CheckpointError(
+            f"{final} could not be saved: {type(e).__name__}: {said}. What was there before is as "
+            "it was. Expected a folder with room, that this process alone writes to."
+        ) from e
     return final
 
 
@@ -158,17 +163,37 @@ def restored(
     return leaves
 
 
-def recover(path: str | os.PathLike[str]) -> None:
+def recover(path: str | os.PathLike[str], *, tidy: bool = False) -> None:
     """Finishes a `save_adapter(overwrite=True)` that was killed between its two renames.
 
     Does nothing if there is an adapter at `path`, or no such left-over beside it.
+
+    Args:
+      path: the adapter's folder.
+      tidy: take the left-overs away as well. Only for the one process that writes there: another's
+        may be a save that is under way.
     """
     final = Path(path).absolute()
-    for aside in sorted(final.parent.glob(f"{final.name}.replaced-*")):
-        if not final.exists() and _is_adapter(aside / "new"):
-            os.rename(aside / "new", final)
-        if final.exists():
+    for aside in sorted(final.parent.glob(f"{glob.escape(final.name)}.replaced-*")):
+        for whole in (aside / "new", aside / "old"):
+            if not final.exists() and _is_adapter(whole):
+                with contextlib.suppress(FileNotFoundError):  # its writer was faster
+                    os.rename(whole, final)
+        if tidy and final.exists():
             shutil.rmtree(aside)
+
+
+def _replace(final: Path, items: Mapping[str, Any]) -> None:
+    """Writes beside what is there, and takes its place when it is whole."""
+    aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{final.name}.replaced-"))
+    try:
+        _write(aside / "new", items)
+        os.rename(final, aside / "old")
+        os.rename(aside / "new", final)
+    finally:
+        if not final.exists() and (aside / "old").exists():
+            os.rename(aside / "old", final)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(final: Path, items: Mapping[str, Any]) -> None:
@@ -196,7 +221,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         )
     try:
         about = json.loads(_about_file(folder).read_text())
-    except (ValueError, OSError) as e:
+    except (ValueError, RecursionError, OSError) as e:
         raise damaged(_about_file(folder), e) from e
     check_format(about, _about_file(folder))
     return about
@@ -208,4 +233,7 @@ def _stored_leaves(folder: Path) -> dict[str, Any]:
         found = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / _LEAVES)).tree
     except Exception as e:
         raise damaged(folder, e) from e
-    return tree.flat(found)
+    leaves = tree.flat(found)
+    if bare := [path for path, x in leaves.items() if not hasattr(x, "shape")]:
+        raise damaged(folder, TypeError(f"{listing(bare)} is no array"))
+    return leaves

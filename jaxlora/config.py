@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -159,7 +160,7 @@ class LoraConfig:
         """The inverse of `to_json`."""
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise ConfigError(f"The config is not JSON: {e}.") from e
         if not isinstance(fields, dict):
             raise ConfigError(f"The config is a JSON {type(fields).__name__}, expected an object.")
@@ -185,7 +186,7 @@ def _rank(name: str, value: Any) -> int:
 
 def _alpha(name: str, value: Any) -> float:
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not number or not 0 < value <= sys.float_info.max:  # JSON has integers beyond it
         raise ConfigError(f"{name} is {value!r}, expected a number greater than 0.")
     return float(value)
 
@@ -265,7 +266,7 @@ def _roles(name: str, value: Any) -> str:
 def _float_dtype(value: Any) -> np.dtype:
     try:
         dtype = jnp.dtype(value)
-    except TypeError:
+    except (TypeError, ValueError):
         raise ConfigError(f"param_dtype is {value!r}, expected a floating dtype.") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ConfigError(f"param_dtype is {dtype.name}, expected a floating dtype.")

@@ -38,6 +38,10 @@ class CheckpointError(LoraError, ValueError):
     """A saved adapter or model that is damaged, foreign, or does not fit."""
 
 
+class DamageError(CheckpointError):
+    """A saved adapter or run whose files are broken: an earlier one may still be whole."""
+
+
 class DataError(LoraError, ValueError):
     """Training data that cannot be read or used: file and line are named."""
 

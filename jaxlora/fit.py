@@ -5,17 +5,22 @@ import dataclasses
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
+from jaxlora import tree
 from jaxlora.batches import Batches, loader
-from jaxlora.errors import ConfigError, RunError, optional
-from jaxlora.resume import load_state, save_state
+from jaxlora.checkpoint import recover
+from jaxlora.errors import ConfigError, RunError, listing, optional
 from jaxlora.runs import VALID, Run
+from jaxlora.saver import Saver, load_newest
 from jaxlora.train import StepFn, TrainState
 
+_MOST_SKIPPED = 20  # steps in a row: then it is no single bad batch
 Evaluate = Callable[[Any], Mapping[str, float]]
 """adapter -> {metric: value}."""
 
@@ -61,10 +66,14 @@ def fit(
     higher_is_better: bool = False,
     log_every: int = 10,
     schedule: Callable[[int], Any] | None = None,
+    keep: int = 2,
+    save_every: float | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> Result:
-    """Train to the last step, or until Ctrl-C or SIGTERM, which save and leave.
+    """Train to the last step, or until Ctrl-C, SIGTERM or SIGUSR1, which save and leave.
+
+    So does the notice that jax passes on when a machine of several is about to be taken away.
 
     A resumed run does bit for bit what it would have done had it not been stopped: adapter,
     optimizer, step, key, place in the data and best score come back, and `metrics.jsonl` goes on
@@ -84,57 +93,73 @@ def fit(
       higher_is_better: whether more of it is better.
       log_every: steps between writes of the log, which is where the loss is waited for.
       schedule: step -> learning rate, to log it.
-      resume: go on from `run.last`.
+      keep: how many states to keep, `run.last` included: a damaged one is passed over.
+      save_every: seconds after which to save between evaluations as well.
+      resume: go on from `run.last`, or with a warning from the newest checkpoint that is whole.
       quiet: show no progress bar.
 
     Returns:
       The state, whether it was stopped, and the best score.
 
     Raises:
-      RunError: a loss or gradient that is not finite, with its step, before anything of it is
-        saved; or there is no checkpoint to resume from.
+      RunError: a loss or gradient that is not finite, with its step and the leaves, before anything
+        of it is saved; there is no checkpoint to resume from; or another process writes there.
+      CheckpointError: a save failed, or no checkpoint is whole.
       ConfigError: steps beyond the data, or `evaluate` gives no such metric.
       MissingDependencyError: grain or rich is not installed.
     """
     steps = len(batches) if steps is None else steps
     every = batches.per_epoch if eval_every is None else eval_every
-    if not 0 < steps <= len(batches) or every < 1 or log_every < 1:
+    if not 0 < steps <= len(batches) or min(every, log_every, keep) < 1:
         raise ConfigError(
-            f"steps is {steps}, eval_every {every} and log_every {log_every}, expected at least 1, "
-            f"and steps at most the {len(batches)} that the data has."
+            f"steps is {steps}, eval_every {every}, log_every {log_every} and keep {keep}, "
+            f"expected at least 1, and steps at most the {len(batches)} that the data has."
         )
     data, kept = loader(batches), _Progress()
     params = variables["params"]
     if resume:
-        if not run.last.exists():
+        recover(run.last)
+        recover(run.best)
+        if not run.checkpoints:
             raise RunError(f"{run.folder} has no checkpoint '{run.last.name}' to resume from.")
-        state, about = load_state(run.last, state, params=params)
+        state, about = load_newest(run.checkpoints, state, params)
         kept = _Progress(**about)
         data.set_state(kept.data)
         run.rewind(int(state.step), kept.evaluated)
     at = int(state.step)
 
-    def save() -> None:
+    def save(saver: Saver) -> None:
         kept.data = data.get_state()
-        save_state(run.last, state, dataclasses.asdict(kept), params=params)
+        saver.save(run.last, state, dataclasses.asdict(kept), keep)
 
     pending: list[tuple[int, dict[str, Any]]] = []
+    skipped = 0  # in a row
 
     def flush() -> None:
+        nonlocal skipped
         for number, metrics in jax.device_get(pending):
+            bad = metrics.pop("bad_leaves", None)
+            skips = bool(metrics.get("skipped", False))
+            skipped = skipped + 1 if skips else 0
             for name in {"loss", "grad_norm"} & metrics.keys():
-                if not math.isfinite(metrics[name]):
+                if not math.isfinite(metrics[name]) and (not skips or skipped >= _MOST_SKIPPED):
                     raise RunError(
                         f"The {name} of step {number} is {float(metrics[name])}, expected a finite "
-                        f"number. Training stopped; {run.last} is from before it. Lower the "
-                        "learning rate, or look at the data of that step."
+                        f"number{_named(state, bad)}. Training stopped; {run.last} is from before "
+                        "it. Lower the learning rate, or look at the data of that step."
                     )
             rate = {} if schedule is None else {"learning_rate": float(schedule(number - 1))}
             run.log(number, {name: float(x) for name, x in metrics.items()} | rate)
             show(number, float(metrics["loss"]), None)
         pending.clear()
 
-    with _signals() as stop, _bar(steps, at, quiet) as show:
+    saved = time.monotonic()  # a clock that is set back or forth does not matter to it
+    with (
+        run.locked(),
+        Saver(params) as saver,
+        _signals() as stop,
+        _bar(steps, at, quiet) as show,
+    ):
         try:
             while True:
                 if evaluate is not None and kept.evaluated < at and _due(at, every, steps):
@@ -147,9 +172,15 @@ def fit(
                     show(at, None, scores)
                     if better:
                         kept.best, kept.best_step = float(scores[metric]), at
-                        save_state(run.best, state, dataclasses.asdict(kept), params=params)
-                    save()
-                if at >= steps or stop.asked:
+                        kept.data = data.get_state()
+                        saver.save(run.best, state, dataclasses.asdict(kept))
+                    save(saver)
+                    saved = time.monotonic()
+                elif save_every is not None and time.monotonic() - saved >= save_every:
+                    flush()
+                    save(saver)
+                    saved = time.monotonic()
+                if at >= steps or stop.asked or _taken_away(at):
                     break
                 state, metrics = step(state, variables, next(data))
                 at += 1
@@ -159,7 +190,8 @@ def fit(
         except _Interrupted:  # in an evaluation, which a resumed run does again
             pass
         flush()
-        save()
+        save(saver)
+        saver.wait()
         run.plot()
         run.close()
     return Result(
@@ -168,6 +200,20 @@ def fit(
         kept.best,
         kept.best_step,
     )
+
+
+def _named(state: TrainState, bad: Any) -> str:
+    """Which leaves a bad gradient belongs to."""
+    if bad is None or not bad.any():
+        return ""
+    names = [path for path, _ in tree.items(state.adapter.params)]
+    found = [name for name, wrong in zip(names, bad, strict=True) if wrong]
+    return f". Not finite: the gradients of {len(found)} of {len(names)} leaves, {listing(found)}"
+
+
+def _taken_away(at: int) -> bool:
+    """Whether jax was told that a machine is taken away, and all processes have come to `at`."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(at)
 
 
 def _due(at: int, every: int, steps: int) -> bool:
@@ -221,7 +267,10 @@ def _signals() -> Iterator[_Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    # With several processes SIGTERM is jax's: it makes all of them stop after the same step.
+    names = ["SIGINT"] if jax.process_count() > 1 else ["SIGINT", "SIGTERM", "SIGUSR1"]
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield stop
     finally:

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxlora import tree
-from jaxlora.about import checksum, damaged
+from jaxlora.about import SUM, check_text, checksum, damaged, text_sum
 from jaxlora.checkpoint import load_adapter, recover, restored, save_adapter
 from jaxlora.errors import CheckpointError, listing
 from jaxlora.train import TrainState
@@ -60,16 +60,17 @@ def save_state(
       {'epoch': 1}
     """
     leaves = _leaves(state)
-    run = {
+    run: dict[str, Any] = {
         "about": dict(about or {}),
         "key": str(jax.random.key_impl(state.key)),
         "checksums": {name: checksum(x) for name, x in leaves.items()},
     }
+    run[SUM] = text_sum(run)
     items = {
         _STATE: ocp.args.StandardSave(tree.nested(leaves)),
         _RUN: ocp.args.JsonSave(run),
     }
-    recover(path)
+    recover(path, tidy=True)
     return save_adapter(path, state.adapter, params=params, overwrite=overwrite, items=items)
 
 
@@ -100,16 +101,26 @@ def load_state(
         )
     run = _read_run(final)
     wanted = _leaves(like)
-    stored = tree.flat(ocp.StandardCheckpointHandler().metadata(epath.Path(final / _STATE)).tree)
+    try:
+        found = ocp.StandardCheckpointHandler().metadata(epath.Path(final / _STATE)).tree
+    except Exception as e:
+        raise damaged(final, e) from e
+    stored = tree.flat(found)
+    if bare := [name for name, x in stored.items() if not hasattr(x, "shape")]:
+        raise damaged(final, TypeError(f"{listing(bare)} is no array"))
     _check_stored(final, stored, wanted)
     leaves = restored(final, _STATE, stored, run["checksums"])
     names, structure = _names(like.opt_state)
+    try:
+        key = jax.random.wrap_key_data(leaves["key"], impl=run["key"])
+    except (KeyError, ValueError, TypeError) as e:
+        raise damaged(final / _RUN, e) from e
     return dataclasses.replace(
         like,
         step=leaves["step"],
         adapter=adapter,
         opt_state=jax.tree.unflatten(structure, [leaves[name] for name in names]),
-        key=jax.random.wrap_key_data(leaves["key"], impl=run["key"]),
+        key=key,
     ), run["about"]
 
 
@@ -137,8 +148,9 @@ def _read_run(folder: Path) -> dict[str, Any]:
         run = json.loads(file.read_text())
         if not {"about", "key", "checksums"} <= set(run):
             raise KeyError("about, key or checksums")
-    except (ValueError, KeyError, TypeError, OSError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as e:
         raise damaged(file, e) from e
+    check_text(run, file)
     return run
 
 

@@ -1,15 +1,23 @@
 """A run's folder: config.yaml, metrics.jsonl, TensorBoard events, curves.png, best and last."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxlora.errors import ConfigError, RunError, optional
+from jaxlora.saver import earlier
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 CONFIG, METRICS, CURVES, EVENTS = "config.yaml", "metrics.jsonl", "curves.png", "tensorboard"
 BEST, LAST = "best", "last"
+_LOCK = ".lock"
 
 
 class Run:
@@ -59,6 +67,32 @@ class Run:
     def best(self) -> Path:
         """The checkpoint with the best score."""
         return self.folder / BEST
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints to resume from, those to prefer first: last, earlier ones, best."""
+        there = [self.last, *earlier(self.last), self.best]
+        return [path for path in there if path.exists()]
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder while this process writes to it; the system lets go when it dies.
+
+        Raises:
+          RunError: another process is writing there.
+        """
+        if fcntl is None:  # Windows has no such lock
+            yield
+            return
+        with (self.folder / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                raise RunError(
+                    f"{self.folder} is being written by another process, expected to be the only "
+                    "one. Wait for it, or choose another folder."
+                ) from e
+            yield
 
     @property
     def last(self) -> Path:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxlora.adapter import Adapter
+from jaxlora.errors import ConfigError
 
 Array = jax.Array
 
@@ -50,6 +51,7 @@ def make_train_step(
     has_aux: bool = False,
     axis_name: str | None = None,
     shardings: TrainState | None = None,
+    on_bad_step: Literal["stop", "skip"] | None = None,
 ) -> StepFn:
     """Compiles a step that updates the adapter and nothing else.
 
@@ -64,10 +66,18 @@ def make_train_step(
         axis, the base is shared, gradients and metrics are averaged.
       shardings: how the state lies on a mesh, from `state_shardings`: it comes back as it went in,
         and the step compiles once.
+      on_bad_step: what to do where the loss or a gradient is not finite. None: nothing. "stop" and
+        "skip" leave adapter and optimizer as they were, though the step counts. Metrics then hold
+        "bad_leaves", True for each leaf (in the order of `jax.tree.leaves(adapter.params)`) whose
+        gradient is not finite, and for "skip" whether the step was "skipped". `fit` stops at a bad
+        step that was not skipped, and names the leaves.
 
     Returns:
       `step(state, variables, batch) -> (state, metrics)`, jitted or pmapped. Metrics hold "loss",
       "grad_norm" and what `loss_fn` adds.
+
+    Raises:
+      ConfigError: no such policy.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxlora as jl, optax
@@ -83,6 +93,8 @@ def make_train_step(
       >>> sorted(metrics)
       ['grad_norm', 'loss']
     """
+    if on_bad_step not in (None, "stop", "skip"):
+        raise ConfigError(f"on_bad_step is {on_bad_step!r}, expected 'stop', 'skip' or None.")
 
     def step(state: TrainState, variables: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
@@ -100,10 +112,23 @@ def make_train_step(
             loss, metrics, grads = jax.lax.pmean((loss, metrics, grads), axis_name)
         updates, opt_state = tx.update(grads, state.opt_state, params)
         adapter = dataclasses.replace(state.adapter, params=optax.apply_updates(params, updates))
+        norm = optax.tree.norm(grads)
+        metrics = {**metrics, "loss": loss, "grad_norm": norm}
+        if on_bad_step is not None:
+            bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+            adapter, opt_state = jax.tree.map(
+                lambda old, new: jnp.where(bad, old, new),
+                (state.adapter, state.opt_state),
+                (adapter, opt_state),
+            )
+            finite = [jnp.isfinite(optax.tree.norm(g)) for g in jax.tree.leaves(grads)]
+            metrics["bad_leaves"] = ~jnp.stack(finite)
+            if on_bad_step == "skip":
+                metrics["skipped"] = bad
         state = dataclasses.replace(
             state, step=state.step + 1, adapter=adapter, opt_state=opt_state
         )
-        return state, {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return state, metrics
 
     if axis_name is None:
         out = None if shardings is None else (shardings, None)

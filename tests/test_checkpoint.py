@@ -68,6 +68,7 @@ def edited(folder, change):
     """Changes the JSON of a saved adapter."""
     file = folder / "adapter" / "metadata"
     about = json.loads(file.read_text())
+    del about["sum"]
     change(about)
     file.write_text(json.dumps(about))
 
@@ -162,6 +163,7 @@ DAMAGED = """
 import json, pathlib, sys
 import jax, numpy as np
 import jaxlora as jl
+from jaxlora.errors import CheckpointError
 
 folder = pathlib.Path(sys.argv[1])
 intact = jl.load_adapter(folder)
@@ -178,6 +180,8 @@ def attempt(file, damage, data):
         assert jax.tree.structure(loaded) == jax.tree.structure(intact)
         jax.tree.map(np.testing.assert_array_equal, loaded, intact)
         result = "the same"
+    except CheckpointError:
+        result = "CheckpointError"
     except Exception as e:
         result = type(e).__name__
     file.write_bytes(whole)

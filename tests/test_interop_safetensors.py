@@ -94,6 +94,7 @@ def edited(file, tensors=lambda x: None, about=lambda x: None):
     leaves = load_file(file)
     tensors(leaves)
     found = json.loads(raw(file)[0]["__metadata__"][safetensors.ABOUT])
+    del found["sum"]
     about(found)
     save_file(leaves, file, {safetensors.ABOUT: json.dumps(found)})
 

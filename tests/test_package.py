@@ -52,6 +52,7 @@ ORDER = [
     "batches",
     "metrics",
     "resume",
+    "saver",
     "runs",
     "fit",
 ]

@@ -1,6 +1,7 @@
 """The state of a run: exact, whole or not there, and refused where it does not fit."""
 
 import dataclasses
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -84,8 +85,9 @@ def test_a_replacement_that_was_killed_between_its_renames_is_finished(tmp_path)
     (tmp_path / "last").rename(aside / "old")
     (tmp_path / "elsewhere").rename(aside / "new")
     assert int(load_state(tmp_path / "last", fresh())[0].step) == 3
+    assert aside.exists()  # reading takes nothing away: it may be a save that is under way
+    recover(tmp_path / "last", tidy=True)
     assert not aside.exists()
-    recover(tmp_path / "last")
     assert (tmp_path / "last").is_dir()
 
 
@@ -112,7 +114,7 @@ def test_damage_is_found(tmp_path):
     save_state(tmp_path / "last", fresh())
     file = tmp_path / "last" / "run" / "metadata"
     file.write_text(file.read_text().replace('"checksums": {', '"checksums": {"x": 1, ', 1))
-    text = file.read_text()
+    text = re.sub(r'"sum": \d+', '"rest": 0', file.read_text())
     number = text.split('"opt_state/1/0/count": ')[1].split(",")[0].split("}")[0]
     file.write_text(text.replace(f'"opt_state/1/0/count": {number}', '"opt_state/1/0/count": 1'))
     with pytest.raises(CheckpointError, match="opt_state/1/0/count does not have the checksum"):

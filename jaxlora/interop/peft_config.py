@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -272,7 +273,7 @@ def _check_values(config: PeftConfig) -> None:
         if rank < 1:
             raise wrong(name, rank, "at least 1")
     for name, alpha in alphas.items():
-        if not (math.isfinite(alpha) and alpha > 0):
+        if not 0 < alpha <= sys.float_info.max:  # json has integers beyond it
             raise wrong(name, alpha, "a number greater than 0")
     if not 0 <= config.get("lora_dropout", 0.0) < 1:
         raise wrong("lora_dropout", config.get("lora_dropout"), "a probability in [0, 1)")

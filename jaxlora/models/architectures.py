@@ -145,7 +145,7 @@ def architecture(model_type: Any) -> Architecture:
       ConfigError: there is none; it names those there are.
     """
     types = {t: arch for arch in ARCHITECTURES.values() for t in arch.config.model_types}
-    if model_type not in types:
+    if not isinstance(model_type, str) or model_type not in types:
         near = f" Nearest: {nearest(str(model_type), types, 1)[0]}." if model_type else ""
         raise ConfigError(
             f"model_type is {model_type!r} in config.json, expected one of {', '.join(types)}."

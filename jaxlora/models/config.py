@@ -151,12 +151,17 @@ def check_field(field: dataclasses.Field[Any], value: Any) -> None:
             raise ConfigError(f"{name} is {value!r}, expected a probability in [0, 1).")
     elif field.type in (int, int | None):
         least = 0 if name.endswith("_token_id") else 1
-        if type(value) is not int or value < least:
-            raise ConfigError(f"{name} is {value!r}, expected an integer of at least {least}.")
+        if type(value) is not int or not least <= value < 2**31:
+            raise ConfigError(
+                f"{name} is {value!r}, expected an integer of at least {least}, below 2**31."
+            )
     elif field.type is float:
-        if not _is_number(value) or not 0 <= value < math.inf:
+        too_large = isinstance(value, int) and value >= 2**31
+        if not _is_number(value) or too_large or not 0 <= value < math.inf:
             raise ConfigError(f"{name} is {value!r}, expected a number of at least 0.")
-    elif name.endswith(("_act", "activation_function")) and value not in ACTIVATIONS:
+    elif name.endswith(("_act", "activation_function")) and (
+        not isinstance(value, str) or value not in ACTIVATIONS
+    ):
         raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(ACTIVATIONS)}.")
     elif name == "attention" and value not in (None, "xla", "cudnn"):
         raise ConfigError(f"attention is {value!r}, expected 'xla', 'cudnn' or None.")

@@ -189,7 +189,7 @@ def _open_shard(folder: Path, shard: str, index: Path) -> Any:
 def _read_json_object(file: Path) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{file} is not JSON: {e}.") from e
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file} is a JSON {type(fields).__name__}, expected an object.")

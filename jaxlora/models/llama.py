@@ -83,6 +83,9 @@ class LlamaConfig(ModelConfig):
     def from_dict(cls, config_json: Mapping[str, Any]) -> Self:
         """As `ModelConfig.from_dict`; both of Hugging Face's ways to write the rotary fields."""
         fields = dict(config_json)
+        for name in ("rope_scaling", "rope_parameters"):
+            if fields.get(name) is not None and not isinstance(fields[name], Mapping):
+                raise ConfigError(f"{name} is {fields[name]!r}, expected an object or null.")
         rope = {**(fields.get("rope_scaling") or {}), **(fields.pop("rope_parameters", None) or {})}
         fields["rope_theta"] = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
