@@ -4,9 +4,11 @@ VENV := .venv
 TORCH := .venv-torch
 GEMMA := .venv-gemma
 TF4 := .venv-tf4
+OLDEST := .venv-oldest
+AUDIT := .venv-audit
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-interop test-gemma test-transformers4 lint bench bench-torch bench-quality clean
+.PHONY: help install demo test test-long test-interop test-oldest test-gemma test-transformers4 lint bench bench-torch bench-collectives bench-quality audit clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +23,12 @@ test: $(VENV)/.dev ## lint, type-check and run all the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2
+
+test-long: $(VENV)/.dev ## 100,000 broken files, 200 kills of runs and of saves (hours)
+	FUZZ=100000 FUZZ_SEED=$${SEED:-1} FAULTS=200 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_faults.py
+
+test-oldest: $(OLDEST)/.installed ## the tests on the oldest versions that pyproject allows
+	$(OLDEST)/bin/python -m pytest -n 2
 
 test-interop: $(VENV)/.dev $(TORCH)/.installed ## compare with torch, PEFT and loralib, run anew with another seed
 	mkdir -p $(TORCH)/references
@@ -52,13 +60,21 @@ bench-torch: $(VENV)/.dev $(TORCH)/.installed ## the training step in torch and 
 	$(TORCH)/bin/python -m benchmarks.step_torch
 	$(BIN)/python -m benchmarks.report
 
+bench-collectives: $(VENV)/.dev ## what a step on a mesh sends, from its HLO
+	$(BIN)/python -m benchmarks.collectives
+
 bench-quality: $(VENV)/.dev $(TORCH)/.installed ## LoRA against full fine-tuning and PEFT (hours; SST2=FOLDER adds SST-2)
 	$(BIN)/python benchmarks/quality.py $(if $(SST2),--sst2 $(SST2))
 	$(TORCH)/bin/python benchmarks/quality_peft.py
 	$(BIN)/python benchmarks/quality.py --no-train --markdown docs/quality.md
 
+audit: $(VENV)/.dev ## known weaknesses of what is installed
+	$(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install -q --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip freeze --exclude-editable > $(AUDIT)/all.txt
+	$(AUDIT)/bin/pip-audit --no-deps --disable-pip -r $(AUDIT)/all.txt
+
 clean: ## remove .venv and caches
-	rm -rf $(VENV) $(TORCH) $(GEMMA) $(TF4) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TORCH) $(GEMMA) $(TF4) $(OLDEST) $(AUDIT) .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -96,4 +112,10 @@ $(GEMMA)/.installed:
 $(TF4)/.installed:
 	$(PYTHON) -m venv $(TF4)
 	$(TF4)/bin/python -m pip install -q --disable-pip-version-check -e . pytest transformers==4.57.6
+	touch $@
+
+$(OLDEST)/.installed:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' \
+	  jax==0.10.2 jaxlib==0.10.2 flax==0.12.8 optax==0.2.8 orbax-checkpoint==0.12.8
 	touch $@

@@ -123,7 +123,7 @@ def close(found, losses):
 def meshes():
     case = Case()
     losses, one = case.one()
-    for sizes in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]:
+    for sizes in [(1, 8, 1), (2, 2, 2)]:
         found, state = case.sharded(mesh_of(*sizes))
         close(found, losses)
         jax.tree.map(

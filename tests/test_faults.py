@@ -25,7 +25,7 @@ from tests.test_fit import STEP, assert_equal, fresh, stop_after, train
 from tests.test_fit import whole as whole  # a fixture
 
 ROOT = Path(__file__).parent.parent
-KILLS = int(os.environ.get("FAULTS", "4"))
+KILLS = int(os.environ.get("FAULTS", "2"))
 
 
 def files_of(folder):

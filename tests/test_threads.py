@@ -39,7 +39,8 @@ def test_threads_that_trace_at_once_each_get_their_own():
 
     def traced(adapter):
         start.wait()
-        out = base = None
+        out: Any = None
+        base: Any = None
         for _ in range(2):  # a function of its own each time: it is traced anew
             apply = jax.jit(lambda a, x: jl.lora_apply(MODEL, BASE, a, x))
             out = apply(adapter, X)
