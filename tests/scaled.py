@@ -123,7 +123,7 @@ def close(found, losses):
 def meshes():
     case = Case()
     losses, one = case.one()
-    for sizes in [(1, 8, 1), (2, 2, 2)]:
+    for sizes in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]:
         found, state = case.sharded(mesh_of(*sizes))
         close(found, losses)
         jax.tree.map(
@@ -272,7 +272,7 @@ def same(left, right):
 
 
 def command(folder):
-    """`jaxlora train` on a mesh and without one; stopped and resumed as well."""
+    """`jaxlora train` on a mesh and without one."""
     folder = Path(folder)
     tiny.causal(folder / "model")
     turns = [[{"role": r, "content": c} for r, c in d] for d in tiny.DIALOGUES]
