@@ -141,18 +141,17 @@ def lora_apply(
         fired[beside.site.path] = fired.get(beside.site.path, 0) + 1
         return adapted(beside, linear, y, context.module, fired[beside.site.path])
 
+    expected = [site for site in adapter.spec.sites if not site.weights]
     token = _innermost.set(mine)
     try:
         with nn.intercept_methods(intercept):
             out = model.apply(joint, *args, rngs=rngs, mutable=mutable, **kwargs)
+            if expected and not fired:  # unless nn.jit has answered from its cache
+                joint["params"] = _bind(params, adapter, _dropout_key(rngs), token=object())
+                again = functools.partial(model.apply, joint, rngs=rngs, mutable=mutable, **kwargs)
+                jax.eval_shape(lambda: [again(*args)][1:])
     finally:
         _innermost.reset(token)
-    expected = [site for site in adapter.spec.sites if not site.weights]
-    if expected and not fired:  # unless nn.jit has answered from its cache
-        joint["params"] = _bind(params, adapter, _dropout_key(rngs), token=object())
-        with nn.intercept_methods(intercept):
-            run = functools.partial(model.apply, joint, *args, rngs=rngs, mutable=mutable, **kwargs)
-            jax.eval_shape(lambda: [run()][1:])
     if expected and not fired:
         raise AdapterError(
             f"None of the {len(expected)} adapted layers ran, expected at least one: "

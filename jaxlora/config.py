@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -186,9 +185,13 @@ def _rank(name: str, value: Any) -> int:
 
 def _alpha(name: str, value: Any) -> float:
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not number or not 0 < value <= sys.float_info.max:  # JSON has integers beyond it
+    try:
+        alpha = float(value) if number else math.nan
+    except OverflowError:  # JSON has integers beyond every float
+        alpha = math.inf
+    if not 0 < alpha < math.inf:
         raise ConfigError(f"{name} is {value!r}, expected a number greater than 0.")
-    return float(value)
+    return alpha
 
 
 def _dropout(value: Any) -> float:
