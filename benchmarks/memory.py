@@ -88,6 +88,7 @@ CASES = {
         half=True,
     ),
 }
+LANGUAGE = (models.GPT2LMHeadModel, models.LlamaForCausalLM)
 COLUMNS = [
     "model",
     "way",
@@ -186,9 +187,6 @@ def shapes(case: Case, config: Any) -> tuple[nn.Module, Any, dict[str, Any]]:
     variables = jax.eval_shape(model.init, jax.random.key(0), ids)
     labels = ids if case.head in LANGUAGE else jax.ShapeDtypeStruct((case.batch,), jnp.int32)
     return model, variables, {"input_ids": ids, "labels": labels}
-
-
-LANGUAGE = (models.GPT2LMHeadModel, models.LlamaForCausalLM)
 
 
 def mean_loss(case: Case, apply: Callable[..., Any], batch: dict[str, Any]) -> jax.Array:

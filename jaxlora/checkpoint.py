@@ -123,7 +123,7 @@ def load_adapter(path: str | os.PathLike[str], *, params: tree.Tree | None = Non
     final = Path(path).absolute()
     about = _read_about(final)
     spec = spec_of(about, _about_file(final))
-    stored = _stored_leaves(final)
+    stored = stored_leaves(final)
     check_stored(final, {p: tuple(x.shape) for p, x in stored.items()}, spec)
     if params is not None:
         check_same_base(params, spec, about.get("base"), final)
@@ -227,10 +227,14 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _stored_leaves(folder: Path) -> dict[str, Any]:
-    """{path: array metadata} without reading an array."""
+def stored_leaves(folder: Path, item: str = _LEAVES) -> dict[str, Any]:
+    """{path: array metadata} of one item of a checkpoint, without reading an array.
+
+    Raises:
+      DamageError: it cannot be read, or holds what is no array.
+    """
     try:
-        found = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / _LEAVES)).tree
+        found = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / item)).tree
     except Exception as e:
         raise damaged(folder, e) from e
     leaves = tree.flat(found)

@@ -15,11 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from etils import epath
 
 from jaxlora import tree
 from jaxlora.about import SUM, check_text, checksum, damaged, text_sum
-from jaxlora.checkpoint import load_adapter, recover, restored, save_adapter
+from jaxlora.checkpoint import load_adapter, recover, restored, save_adapter, stored_leaves
 from jaxlora.errors import CheckpointError, listing
 from jaxlora.train import TrainState
 
@@ -101,13 +100,7 @@ def load_state(
         )
     run = _read_run(final)
     wanted = _leaves(like)
-    try:
-        found = ocp.StandardCheckpointHandler().metadata(epath.Path(final / _STATE)).tree
-    except Exception as e:
-        raise damaged(final, e) from e
-    stored = tree.flat(found)
-    if bare := [name for name, x in stored.items() if not hasattr(x, "shape")]:
-        raise damaged(final, TypeError(f"{listing(bare)} is no array"))
+    stored = stored_leaves(final, _STATE)
     _check_stored(final, stored, wanted)
     leaves = restored(final, _STATE, stored, run["checksums"])
     names, structure = _names(like.opt_state)

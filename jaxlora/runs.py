@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxlora.errors import ConfigError, RunError, optional
 from jaxlora.saver import earlier
+from jaxlora.whole import write_whole
 
 try:
     import fcntl
@@ -61,7 +62,8 @@ class Run:
         else:
             self.config = dict(config or {})
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.folder / CONFIG, _yaml().safe_dump(self.config, sort_keys=False))
+            text = _yaml().safe_dump(self.config, sort_keys=False)
+            write_whole(self.folder / CONFIG, text.encode(), overwrite=True)
 
     @property
     def best(self) -> Path:
@@ -138,7 +140,7 @@ class Run:
             of_evaluation = any(name.startswith(VALID) for name in row)
             if row["step"] <= (evaluated if of_evaluation else step):
                 kept.append(line + "\n")
-        _write_whole(file, "".join(kept))
+        write_whole(file, "".join(kept).encode(), overwrite=True)
         self._purge = step + 1
 
     def plot(self) -> Path:
@@ -233,13 +235,6 @@ def _check_same(there: dict[str, Any], given: dict[str, Any], folder: Path) -> N
             f"{folder} was started with other settings: {changes}. A resumed run keeps its own; "
             "start another one in another folder."
         )
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Writes under another name and renames, so that the file is never half there."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
 
 
 def _yaml() -> Any:

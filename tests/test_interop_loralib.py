@@ -17,9 +17,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxlora as jl
-from jaxlora import algebra, models, tree
+from jaxlora import algebra, models, tree, whole
 from jaxlora.errors import AdapterError, CheckpointError, ConfigError
-from jaxlora.interop import loralib, loralib_conv, safetensors, torch_zip, unpickle, whole
+from jaxlora.interop import loralib, loralib_conv, safetensors, torch_zip, unpickle
 from jaxlora.interop.loralib_state import read
 
 REFERENCES = Path(__file__).parent / "references"

@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 from jaxlora.cli.options import parse, positional
 from jaxlora.errors import optional
 from jaxlora.merge import merge
 from jaxlora.tasks import load_run
+from jaxlora.whole import write_whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +44,6 @@ def run(argv: Sequence[str]) -> int:
         table.add_row(name, f"{value:.4f}")
     optional("rich.console", "The command line", "train").Console().print(table)
     if options.answers:
-        _write(Path(options.answers), answers)
+        lines = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
+        write_whole(options.answers, lines.encode(), overwrite=True)
     return 0
-
-
-def _write(file: Path, answers: list[dict]) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers), "utf-8")
-    os.replace(part, file)

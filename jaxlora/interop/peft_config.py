@@ -5,7 +5,6 @@ The fields are those of PEFT 0.21.2's LoraConfig, and some that earlier versions
 
 import dataclasses
 import functools
-import json
 import math
 import re
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.errors import CheckpointError, nearest
+from jaxlora.models.hub import read_json_object
 
 FILE = "adapter_config.json"
 ALL_LINEAR = "all-linear"
@@ -199,13 +199,7 @@ def read_config(folder: Path) -> PeftConfig:
             f"{folder} has no {FILE}, expected a folder of PEFT's save_pretrained. It holds "
             f"{', '.join(there) or 'nothing'}."
         )
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{file} is not JSON: {e}.") from e
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} is a JSON {type(fields).__name__}, expected an object.")
-    config = PeftConfig(fields, file)
+    config = PeftConfig(read_json_object(file), file)
     _check_kind(config)
     _check_types(config)
     _check_values(config)

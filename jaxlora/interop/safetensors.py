@@ -19,7 +19,7 @@ from jaxlora import tree
 from jaxlora.about import check_format, check_same_base, check_stored, check_sums, describe, spec_of
 from jaxlora.adapter import Adapter, boxed_like, check_base, check_leaves
 from jaxlora.errors import CheckpointError, listing, optional
-from jaxlora.interop.whole import write_whole
+from jaxlora.whole import write_whole
 
 ABOUT = "jaxlora_adapter"
 """The name of the JSON in the header's metadata."""

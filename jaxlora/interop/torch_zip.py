@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxlora.errors import CheckpointError, LoraError, listing
 from jaxlora.interop.unpickle import Known, load
-from jaxlora.interop.whole import write_whole
+from jaxlora.whole import write_whole
 
 STORAGES = {
     "DoubleStorage": "float64",

@@ -85,7 +85,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no config.json. {_what_is_in(folder)}")
-    return _read_json_object(file)
+    return read_json_object(file)
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -138,7 +138,7 @@ def read_safetensors(folder: Path) -> Tensors:
             f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}. {_what_is_in(folder)} "
             "Weights in another format must be saved as safetensors first."
         )
-    shard_of = _read_json_object(index).get("weight_map")
+    shard_of = read_json_object(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
         raise CheckpointError(f"{index} has no 'weight_map' from tensor to file.")
     shards = {shard: _open_shard(folder, shard, index) for shard in sorted(set(shard_of.values()))}
@@ -186,7 +186,12 @@ def _open_shard(folder: Path, shard: str, index: Path) -> Any:
     return _open(folder / shard)
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The fields of a JSON file.
+
+    Raises:
+      CheckpointError: it is not JSON, or no object.
+    """
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:

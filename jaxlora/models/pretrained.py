@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxlora import tree
 from jaxlora.errors import CheckpointError, ConfigError, listing
 from jaxlora.models import weights
 from jaxlora.models.architectures import Architecture, architecture
@@ -110,7 +111,7 @@ def from_pretrained(
     there = {_top(bare) for bare in stored}
     model = _model(arch, head, config, labels, options, has_pooler="pooler" in there)
 
-    leaves = weights.flat(
+    leaves = tree.flat(
         jax.eval_shape(model.init, jax.random.key(0), arch.example(config))["params"]
     )
     used = {_scope(arch, path) for path in leaves}
@@ -132,7 +133,7 @@ def from_pretrained(
         tensors, arch.names, stored, wanted, type(model).__name__, shardings
     )
     params |= _init_fresh(model, arch.example(config), fresh, key, source.where, shardings)
-    return Pretrained(model, weights.nested(params), source.read_tokenizer())
+    return Pretrained(model, tree.nested(params), source.read_tokenizer())
 
 
 def _model(
@@ -229,7 +230,7 @@ def _init_fresh(
         )
 
     def init(key: Array) -> dict[str, Array]:
-        leaves = weights.flat(model.init(key, jnp.zeros(example.shape, example.dtype))["params"])
+        leaves = tree.flat(model.init(key, jnp.zeros(example.shape, example.dtype))["params"])
         return {path: leaves[path] for path in paths}
 
     where = None if shardings is None else {path: shardings[path] for path in paths}

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxlora import tree
 from jaxlora.errors import CheckpointError, listing, optional
 from jaxlora.models.gguf import GgufTensors
 from jaxlora.models.hub import WEIGHTS, WEIGHTS_INDEX, Tensors
@@ -88,7 +88,7 @@ def to_torch(params: Mapping[str, Any], names: Names, model: str) -> dict[str, C
       CheckpointError: a leaf that the model does not have, such as one of an adapter.
     """
     state: dict[str, Callable[[], Any]] = {}
-    for path, leaf in flat(params).items():
+    for path, leaf in tree.items(params):
         name = names.torch_name(path)
         if name is None:
             raise CheckpointError(
@@ -141,16 +141,6 @@ def write(
         weight_map |= dict.fromkeys(names, to)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """{path: leaf} of nested params."""
-    return dict(flatten_dict(tree, sep="/"))
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested params of {path: leaf}."""
-    return unflatten_dict(dict(leaves), sep="/")
 
 
 def _stacked(names: Names, path: str) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxlora as jl
-from jaxlora import models
+from jaxlora import models, tree
 from jaxlora.errors import ConfigError, ModelError
 from jaxlora.models import deberta, gpt2, roberta, vit, weights
 from jaxlora.models.architectures import architecture
@@ -250,7 +250,7 @@ def test_lora_on_all_linear_layers(one, scan_layers):
     model, params = one.load(scan_layers=scan_layers)
     config, variables = jl.LoraConfig(rank=2, targets="all-linear"), {"params": params}
     adapter = jl.lora_init(KEY, model, variables, config, **one.inputs)
-    kernels = {path for path in weights.flat(params) if path.endswith("/kernel")}
+    kernels = {path for path in tree.flat(params) if path.endswith("/kernel")}
     assert {site.path for site in adapter.spec.sites} == kernels
 
     @jit
@@ -338,7 +338,7 @@ def test_gpt2s_fused_kernel(references, scan_layers):
     moved = jax.tree.map(lambda x: x + 0.1, adapter)
     merged = jl.merge(params, moved)
     q, k, v = np.split(
-        np.asarray(weights.flat(merged)[sorted(paths)[0]] - weights.flat(params)[sorted(paths)[0]]),
+        np.asarray(tree.flat(merged)[sorted(paths)[0]] - tree.flat(params)[sorted(paths)[0]]),
         3,
         axis=-1,
     )
