@@ -29,6 +29,7 @@ ORDER = [
     "dora",
     "fold",
     "apply",
+    "finite",
     "sampling",
     "decode",
     "beam",
