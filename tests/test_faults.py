@@ -26,6 +26,13 @@ from tests.test_fit import whole as whole  # a fixture
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("FAULTS", "2"))
+PARTS = 1 + KILLS // 20  # tests that share them
+
+
+def share(part):
+    """How many of the kills are those of one test, and what draws their moments."""
+    draw = random.Random(f"{os.environ.get('FAULTS_SEED', '0')}/{part}")
+    return len(range(part, KILLS, PARTS)), draw
 
 
 def files_of(folder):
@@ -220,11 +227,12 @@ train(folder, resume=begun, save_every=0.0, keep=3)
 """
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_the_one_never_killed(whole, tmp_path):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_run_that_is_killed_again_and_again_ends_as_the_one_never_killed(part, whole, tmp_path):
     expected, folder = whole
-    draw = random.Random(int(os.environ.get("FAULTS_SEED", "0")))
+    kills, draw = share(part)
     run, killed, runs = tmp_path / "run", 0, 0
-    while killed < KILLS:
+    while killed < kills:
         runs += 1
         command = [sys.executable, "-c", KILLED, str(run)]
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -238,7 +246,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_one_never_killed(whole
             killed += 1
         said = child.communicate()[1]
         assert child.returncode in (0, -signal.SIGKILL), said.decode()
-        assert runs < 4 * KILLS + 4
+        assert runs < 4 * kills + 4
         if child.returncode == 0 or not killed:
             ended(run, expected.state)
             shutil.rmtree(run)
@@ -266,9 +274,10 @@ for n in itertools.count(1):
 """
 
 
-def test_saves_that_are_killed_lose_nothing_that_was_saved(tmp_path):
-    draw = random.Random(int(os.environ.get("FAULTS_SEED", "0")))
-    for _ in range(KILLS):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_saves_that_are_killed_lose_nothing_that_was_saved(part, tmp_path):
+    kills, draw = share(part)
+    for _ in range(kills):
         command = [sys.executable, "-c", SAVER, str(tmp_path)]
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert child.stdout
