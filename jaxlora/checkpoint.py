@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -246,7 +245,7 @@ def stored_leaves(folder: Path, item: str = _LEAVES) -> dict[str, Any]:
 
 def _store(item: Path) -> dict[str, Any]:
     """How TensorStore, on which Orbax is built, finds an item's arrays."""
-    return {"driver": "ocdbt", "base": f"file://{quote(str(item))}/"}
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}}
 
 
 def _opened(store: Mapping[str, Any], name: str) -> Any:
