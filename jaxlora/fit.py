@@ -134,7 +134,7 @@ def fit(
         hosts.check_same("a checkpoint", [int(state.step), about])
         with hosts.together():
             run.rewind(int(state.step), kept.evaluated)
-    at = int(state.step)
+    at = first = int(state.step)
 
     def save(saver: Saver) -> None:
         kept.data = data.get_state()
@@ -199,7 +199,7 @@ def fit(
                     flush()
                     save(saver)
                     saved = time.monotonic()
-                if at >= steps or stop.asked or _taken_away(at):
+                if at >= steps or stop.asked or (at > first and _taken_away(at)):
                     break
                 state, metrics = step(state, variables, next(data))
                 at += 1
