@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -309,7 +310,7 @@ def resumed(folder):
     """A run that is stopped within an accumulation and goes on, on its devices and on others."""
     from tests.test_fit import CONFIG, EXAMPLE, MODEL, VARIABLES, examples, loss_fn
 
-    tx = optax.MultiSteps(optax.adamw(1e-2), 2)
+    tx: Any = optax.MultiSteps(optax.adamw(1e-2), 2)
     batches = Batches(examples(64), ROWS, lengths=(12,), seed=0)
 
     def init(params):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -135,7 +136,7 @@ def test_a_stopped_and_resumed_run_is_the_one_never_stopped(steps, number, whole
 
 
 def test_a_run_that_is_stopped_within_an_accumulation_is_the_one_never_stopped(tmp_path):
-    tx = optax.MultiSteps(TX, 4)
+    tx: Any = optax.MultiSteps(TX, 4)
     step = jl.make_train_step(loss_fn, tx)
 
     def trained(name, resume=False, stop=0):
