@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jaxlora.errors import RunError, listing
 
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_PATIENCE = 60  # seconds that a process which ends waits for the others; then all are ended
 _WIDTH = 256  # what is told is padded to multiples of it: each size is a compilation
 
 
@@ -44,10 +45,14 @@ def initialize() -> None:
         if by_hand:
             address, count, index = (given[name] for name in _BY_HAND)
             jax.distributed.initialize(
-                address, int(count), int(index), cluster_detection_method="deactivate"
+                address,
+                int(count),
+                int(index),
+                cluster_detection_method="deactivate",
+                shutdown_timeout_seconds=_PATIENCE,
             )
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(shutdown_timeout_seconds=_PATIENCE)
     except (ValueError, RuntimeError) as e:
         said = str(e).strip().split("\n")[0]
         raise RunError(

@@ -26,7 +26,7 @@ def test_alone_nothing_changes():
     ],
 )
 def test_processes_that_are_not_found(given, said, monkeypatch, tmp_path, capsys):
-    def initialize():
+    def initialize(**options):
         raise ValueError("none here.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
