@@ -199,6 +199,7 @@ def fit(
                     flush()
                     save(saver)
                     saved = time.monotonic()
+                # Not before the first step: jax tells of a stop once more at the same step.
                 if at >= steps or stop.asked or (at > first and _taken_away(at)):
                     break
                 state, metrics = step(state, variables, next(data))

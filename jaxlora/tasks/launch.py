@@ -76,7 +76,6 @@ def train(
         runs.check(settings.out, to_dict(settings), resume=resume)
         pretrained = settings.load()
         problem = settings.problem(pretrained)
-    hosts.check_same("settings or data", [to_dict(settings), resume, _tokens(problem)])
     model, params, _ = pretrained
     variables = {"params": params}
     batches = Batches(
@@ -86,6 +85,8 @@ def train(
         seed=settings.seed,
         pad=problem.pad,
     )
+    if not hosts.alone():
+        hosts.check_same("settings or data", [to_dict(settings), resume, _tokens(problem)])
     steps = min(len(batches), settings.max_steps or len(batches))
     key = jax.random.key(settings.seed)
     tx, schedule = optimizer(settings, steps)
