@@ -16,12 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from jaxlora import tree
+from jaxlora import hosts, tree
 from jaxlora.about import (
     check_format,
     check_same_base,
@@ -46,6 +47,8 @@ def save_adapter(
     items: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes an adapter's leaves and its spec as an Orbax checkpoint.
+
+    With several processes all call it, and the first writes, to a folder that all see.
 
     Args:
       path: the folder to make; relative paths work.
@@ -72,34 +75,13 @@ def save_adapter(
       True
     """
     final = Path(path).absolute()
-    check_leaves(adapter)
-    if params is not None:
-        check_base(params, adapter.spec)
-    if final.exists() and not overwrite:
-        raise CheckpointError(
-            f"{final} is there already, expected a new path. `overwrite=True` replaces an adapter."
-        )
-    if final.exists() and not _is_adapter(final):
-        raise CheckpointError(
-            f"{final} is there and is no adapter, so it is not overwritten. Choose another path."
-        )
-    about = describe(adapter, params, ("jax", "flax", "orbax-checkpoint"))
-    everything = {
-        _LEAVES: ocp.args.StandardSave(tree.nested(adapter.values())),
-        _ABOUT: ocp.args.JsonSave(about),
-    } | dict(items or {})
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        if final.exists():
-            _replace(final, everything)
-        else:
-            _write(final, everything)
-    except Exception as e:  # a full disk, a folder that is read-only, another writer
-        said = str(e).strip().split("\n")[0][:300]
-        raise CheckpointError(
-            f"{final} could not be saved: {type(e).__name__}: {said}. What was there before is as "
-            "it was. Expected a folder with room, that this process alone writes to."
-        ) from e
+    adapter = hosts.on_host(adapter)
+    with hosts.together():
+        check_leaves(adapter)
+        if params is not None:
+            check_base(params, adapter.spec)
+        if hosts.is_writer():
+            _save(final, adapter, params, overwrite, items or {})
     return final
 
 
@@ -177,6 +159,40 @@ def recover(path: str | os.PathLike[str], *, tidy: bool = False) -> None:
             shutil.rmtree(aside)
 
 
+def _save(
+    final: Path,
+    adapter: Adapter,
+    params: tree.Tree | None,
+    overwrite: bool,
+    items: Mapping[str, Any],
+) -> None:
+    if final.exists() and not overwrite:
+        raise CheckpointError(
+            f"{final} is there already, expected a new path. `overwrite=True` replaces an adapter."
+        )
+    if final.exists() and not _is_adapter(final):
+        raise CheckpointError(
+            f"{final} is there and is no adapter, so it is not overwritten. Choose another path."
+        )
+    about = describe(adapter, params, ("jax", "flax", "orbax-checkpoint"))
+    everything = {
+        _LEAVES: ocp.args.StandardSave(tree.nested(adapter.values())),
+        _ABOUT: ocp.args.JsonSave(about),
+    } | dict(items)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists():
+            _replace(final, everything)
+        else:
+            _write(final, everything)
+    except Exception as e:  # a full disk, a folder that is read-only, another writer
+        said = str(e).strip().split("\n")[0][:300]
+        raise CheckpointError(
+            f"{final} could not be saved: {type(e).__name__}: {said}. What was there before is as "
+            "it was. Expected a folder with room, that this process alone writes to."
+        ) from e
+
+
 def _replace(final: Path, items: Mapping[str, Any]) -> None:
     """Writes beside what is there, and takes its place when it is whole."""
     aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{final.name}.replaced-"))
@@ -191,8 +207,21 @@ def _replace(final: Path, items: Mapping[str, Any]) -> None:
 
 
 def _write(final: Path, items: Mapping[str, Any]) -> None:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _orbax() as checkpointer:
         checkpointer.save(final, args=ocp.args.Composite(**items))
+
+
+def _orbax() -> ocp.Checkpointer:
+    """Orbax for this process alone: it waits for no other."""
+    if hosts.alone():
+        return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    here = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
+    )
+    composite = ocp.CompositeOptions(multiprocessing_options=options)
+    handler = ocp.CompositeCheckpointHandler(composite_options=composite)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _about_file(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jaxlora import tree
+from jaxlora import hosts, tree
 from jaxlora.batches import Batches, loader
 from jaxlora.checkpoint import recover
 from jaxlora.errors import ConfigError, RunError, listing, optional
@@ -75,7 +76,9 @@ def fit(
 ) -> Result:
     """Train to the last step, or until Ctrl-C, SIGTERM or SIGUSR1, which save and leave.
 
-    So does the notice that jax passes on when a machine of several is about to be taken away.
+    With several processes all call it, each with its share of the arrays and all of the batches;
+    the first alone writes. A signal to one of them, or the notice that its machine is about to be
+    taken away, makes all leave after the same step.
 
     A resumed run does bit for bit what it would have done had it not been stopped: adapter,
     optimizer, step, key, place in the data and best score come back, and `metrics.jsonl` goes on
@@ -124,15 +127,20 @@ def fit(
     data, kept = loader(batches), _Progress()
     params = variables["params"]
     if resume:
-        recover(run.last)
-        recover(run.best)
-        if not run.checkpoints:
-            raise RunError(f"{run.folder} has no checkpoint '{run.last.name}' to resume from.")
-        state, about = load_newest(run.checkpoints, state, params)
-        kept = _Progress(**about)
-        data.set_state(kept.data)
-        run.rewind(int(state.step), kept.evaluated)
-    at = int(state.step)
+        with hosts.together():
+            if hosts.is_writer():
+                recover(run.last)
+                recover(run.best)
+        with hosts.together():
+            if not run.checkpoints:
+                raise RunError(f"{run.folder} has no checkpoint '{run.last.name}' to resume from.")
+            state, about = load_newest(run.checkpoints, state, params)
+            kept = _Progress(**about)
+            data.set_state(kept.data)
+        hosts.check_same("a checkpoint", [int(state.step), about])
+        with hosts.together():
+            run.rewind(int(state.step), kept.evaluated)
+    at = first = int(state.step)
 
     def save(saver: Saver) -> None:
         kept.data = data.get_state()
@@ -142,42 +150,53 @@ def fit(
     skipped = 0  # in a row
 
     def flush() -> None:
-        nonlocal skipped
-        found = jax.device_get([metrics for _, _, metrics in pending])
-        for (number, batch, _), metrics in zip(pending, found, strict=True):
-            bad = metrics.pop("bad_leaves", None)
-            skips = bool(metrics.get("skipped", False))
-            skipped = skipped + 1 if skips else 0
-            for name in ("loss", "grad_norm"):
-                finite = math.isfinite(metrics.get(name, 0.0))
-                if not finite and (not skips or skipped >= _MOST_SKIPPED):
-                    where = _named(state, bad)
-                    if bad is not None and loss_fn is not None and jax.process_count() == 1:
-                        key = jax.random.fold_in(state.key, number - 1)
-                        where += _born(state, loss_fn, variables, batch, key)
-                    raise RunError(
-                        f"The {name} of step {number} is {float(metrics[name])}, expected a finite "
-                        f"number{where}. Training stopped; {run.last} is from before it. Lower the "
-                        "learning rate, or look at the data of that step."
-                    )
-            rate = {} if schedule is None else {"learning_rate": float(schedule(number - 1))}
-            run.log(number, {name: float(x) for name, x in metrics.items()} | rate)
-            show(number, float(metrics["loss"]), None)
+        found = jax.device_get(hosts.on_host([metrics for _, _, metrics in pending]))
+        made = [(at, batch) for at, batch, _ in pending]
         pending.clear()
+        with hosts.together():
+            for (number, batch), metrics in zip(made, found, strict=True):
+                report(number, batch, metrics)
+
+    def report(number: int, batch: Any, metrics: dict[str, Any]) -> None:
+        nonlocal skipped
+        bad = metrics.pop("bad_leaves", None)
+        skips = bool(metrics.get("skipped", False))
+        skipped = skipped + 1 if skips else 0
+        for name in ("loss", "grad_norm"):
+            finite = math.isfinite(metrics.get(name, 0.0))
+            if not finite and (not skips or skipped >= _MOST_SKIPPED):
+                where = _named(state, bad)
+                if bad is not None and loss_fn is not None and hosts.alone():
+                    key = jax.random.fold_in(state.key, number - 1)
+                    where += _born(state, loss_fn, variables, batch, key)
+                raise RunError(
+                    f"The {name} of step {number} is {float(metrics[name])}, expected a finite "
+                    f"number{where}. Training stopped; {run.last} is from before it. Lower the "
+                    "learning rate, or look at the data of that step."
+                )
+        rate = {} if schedule is None else {"learning_rate": float(schedule(number - 1))}
+        run.log(number, {name: float(x) for name, x in metrics.items()} | rate)
+        show(number, float(metrics["loss"]), None)
+
+    def save_is_due() -> bool:  # by the clock of the first process, where all have come to a flush
+        if save_every is None or (pending and not hosts.alone()):
+            return False
+        return hosts.same(time.monotonic() - saved >= save_every)
 
     saved = time.monotonic()  # a clock that is set back or forth does not matter to it
     with (
         run.locked(),
         Saver(params) as saver,
         _signals() as stop,
-        _bar(steps, at, quiet) as show,
+        _bar(steps, at, quiet or not hosts.is_writer()) as show,
     ):
         try:
             while True:
                 if evaluate is not None and kept.evaluated < at and _due(at, every, steps):
                     flush()
-                    with stop.at_once():
+                    with stop.at_once(), hosts.together():
                         scores = evaluate(state.adapter)
+                    scores = hosts.same(scores)
                     better = _better(scores, metric, kept.best, higher_is_better)
                     run.log(at, {VALID + name: value for name, value in scores.items()})
                     kept.evaluated = at
@@ -188,11 +207,12 @@ def fit(
                         saver.save(run.best, state, dataclasses.asdict(kept))
                     save(saver)
                     saved = time.monotonic()
-                elif save_every is not None and time.monotonic() - saved >= save_every:
+                elif save_is_due():
                     flush()
                     save(saver)
                     saved = time.monotonic()
-                if at >= steps or stop.asked or _taken_away(at):
+                # Not before the first step: jax tells of a stop once more at the same step.
+                if at >= steps or stop.asked or (at > first and _taken_away(at)):
                     break
                 batch = next(data)
                 state, metrics = step(state, variables, batch)
@@ -205,8 +225,10 @@ def fit(
         flush()
         save(saver)
         saver.wait()
-        run.plot()
-        run.close()
+        with hosts.together():
+            if hosts.is_writer():
+                run.plot()
+            run.close()
     return Result(
         state,
         at < steps or (kept.evaluated < at and evaluate is not None),
@@ -237,8 +259,8 @@ def _born(state: TrainState, loss_fn: LossFn, *args: Any) -> str:
 
 
 def _taken_away(at: int) -> bool:
-    """Whether jax was told that a machine is taken away, and all processes have come to `at`."""
-    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(at)
+    """Whether a process of several was told to leave, and all have come to the step to do so."""
+    return not hosts.alone() and multihost_utils.reached_preemption_sync_point(at)
 
 
 def _due(at: int, every: int, steps: int) -> bool:
@@ -262,10 +284,15 @@ class _Interrupted(BaseException):
 
 
 class _Stop:
-    """Whether a signal asked to stop; `at_once` it interrupts what runs, twice it kills."""
+    """Whether a signal asked to stop; `at_once` it interrupts what runs, twice it kills.
+
+    With several processes it is passed on as SIGTERM, which is jax's there: all are told, and agree
+    on the step after which to stop.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._again = False
         self._at_once = False
 
     @contextlib.contextmanager
@@ -279,9 +306,13 @@ class _Stop:
             self._at_once = False
 
     def __call__(self, *_: Any) -> None:
-        again, self.asked = self.asked, True
+        again, self._again = self._again, True
         if again:
             raise KeyboardInterrupt
+        if not hosts.alone():
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        self.asked = True
         if self._at_once:
             raise _Interrupted
 
@@ -292,8 +323,7 @@ def _signals() -> Iterator[_Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
-    # With several processes SIGTERM is jax's: it makes all of them stop after the same step.
-    names = ["SIGINT"] if jax.process_count() > 1 else ["SIGINT", "SIGTERM", "SIGUSR1"]
+    names = ["SIGINT", "SIGUSR1", *(["SIGTERM"] if hosts.alone() else [])]
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxlora import tree
+from jaxlora import hosts, tree
 from jaxlora.about import SUM, check_text, checksum, damaged, text_sum
 from jaxlora.checkpoint import load_adapter, recover, restored, save_adapter, stored_leaves
 from jaxlora.errors import CheckpointError, listing
@@ -58,7 +58,7 @@ def save_state(
       >>> load_state(path, state)[1]
       {'epoch': 1}
     """
-    leaves = _leaves(state)
+    leaves = hosts.on_host(_leaves(state))
     run: dict[str, Any] = {
         "about": dict(about or {}),
         "key": str(jax.random.key_impl(state.key)),
@@ -69,7 +69,9 @@ def save_state(
         _STATE: ocp.args.StandardSave(tree.nested(leaves)),
         _RUN: ocp.args.JsonSave(run),
     }
-    recover(path, tidy=True)
+    with hosts.together():
+        if hosts.is_writer():
+            recover(path, tidy=True)
     return save_adapter(path, state.adapter, params=params, overwrite=overwrite, items=items)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxlora import hosts
 from jaxlora.errors import ConfigError, RunError, optional
 from jaxlora.saver import earlier
 from jaxlora.whole import write_whole
@@ -19,13 +20,15 @@ except ImportError:
 CONFIG, METRICS, CURVES, EVENTS = "config.yaml", "metrics.jsonl", "curves.png", "tensorboard"
 BEST, LAST = "best", "last"
 _LOCK = ".lock"
+_MAY_DIFFER = ("mesh",)  # where a run lies is no part of what comes out
 
 
 class Run:
     """The folder of one training run, and the files in it.
 
     `metrics.jsonl` has an object a line with its `step` and no clock, so that equal runs write
-    equal files; times are in the TensorBoard events.
+    equal files; times are in the TensorBoard events. With several processes all make one, of a
+    folder that all see, and the first alone writes to it.
 
     Args:
       folder: where it is, or is to be.
@@ -53,17 +56,17 @@ class Run:
         *,
         resume: bool = False,
     ) -> None:
-        check(folder, config, resume=resume)
         self.folder = Path(folder)
         self._writer: Any = None
         self._purge: int | None = None
-        if resume:
-            self.config = read_config(self.folder)
-        else:
-            self.config = dict(config or {})
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = _yaml().safe_dump(self.config, sort_keys=False)
-            write_whole(self.folder / CONFIG, text.encode(), overwrite=True)
+        with hosts.together():
+            check(folder, config, resume=resume)
+            self.config = read_config(self.folder) if resume else dict(config or {})
+        with hosts.together():
+            if not resume and hosts.is_writer():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                text = _yaml().safe_dump(self.config, sort_keys=False)
+                write_whole(self.folder / CONFIG, text.encode(), overwrite=True)
 
     @property
     def best(self) -> Path:
@@ -83,17 +86,17 @@ class Run:
         Raises:
           RunError: another process is writing there.
         """
-        if fcntl is None:  # Windows has no such lock
-            yield
-            return
-        with (self.folder / _LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                raise RunError(
-                    f"{self.folder} is being written by another process, expected to be the only "
-                    "one. Wait for it, or choose another folder."
-                ) from e
+        with contextlib.ExitStack() as held:
+            with hosts.together():
+                if fcntl is not None and hosts.is_writer():  # Windows has no such lock
+                    file = held.enter_context((self.folder / _LOCK).open("w"))
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except OSError as e:
+                        raise RunError(
+                            f"{self.folder} is being written by another process, expected to be "
+                            "the only one. Wait for it, or choose another folder."
+                        ) from e
             yield
 
     @property
@@ -107,6 +110,8 @@ class Run:
         Raises:
           RunError: there is no room, or it may not be written.
         """
+        if not hosts.is_writer():
+            return
         row = {"step": step} | {name: float(value) for name, value in metrics.items()}
         try:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
@@ -140,6 +145,8 @@ class Run:
           step: the last step whose row stays.
           evaluated: the last step whose evaluation stays.
         """
+        if not hosts.is_writer():
+            return
         file = self.folder / METRICS
         kept = []
         for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
@@ -237,7 +244,7 @@ def read_yaml(file: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _check_same(there: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
-    names = sorted(there.keys() | given.keys())
+    names = sorted((there.keys() | given.keys()) - {*_MAY_DIFFER})
     differ = [name for name in names if there.get(name) != given.get(name)]
     if differ:
         changes = ", ".join(f"{n} {there.get(n)!r} -> {given.get(n)!r}" for n in differ)

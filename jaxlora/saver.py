@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import tree
+from jaxlora import hosts, tree
 from jaxlora.errors import DamageError
 from jaxlora.resume import load_state, save_state
 from jaxlora.train import TrainState
@@ -62,7 +62,7 @@ class Saver:
           CheckpointError: the save before failed.
         """
         self.wait()
-        if jax.process_count() > 1:  # Orbax's barriers must meet in the same order everywhere
+        if not hosts.alone():  # all take part in a save, in the same order
             self._write(path, state, about, keep)
             return
         state = jax.tree.map(jnp.copy, state)
@@ -92,8 +92,9 @@ class Saver:
 
     def _write(self, path: Path, state: TrainState, about: Mapping[str, Any], keep: int) -> None:
         save_state(path, state, about, params=self._params)
-        if keep > 1 and jax.process_index() == 0:
-            _keep(path, int(state.step), keep)
+        with hosts.together():
+            if keep > 1 and hosts.is_writer():
+                _keep(path, int(state.step), keep)
 
 
 def earlier(path: Path) -> list[Path]:

@@ -1,8 +1,13 @@
 """A tiny Llama trained on devices that are parts of a CPU; each part of it runs in a process."""
 
 import json
+import os
+import shutil
+import signal
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,15 +19,19 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxlora as jl
-from jaxlora import tree
+from jaxlora import hosts, tree
+from jaxlora.batches import Batches
 from jaxlora.cli import main
-from jaxlora.errors import LoraError
+from jaxlora.errors import CheckpointError, LoraError, RunError
+from jaxlora.fit import fit
 from jaxlora.models.architectures import architecture
 from jaxlora.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxlora.models.sharding import default_specs
 from jaxlora.resume import load_state, save_state
-from jaxlora.tasks import load_run, train
+from jaxlora.runs import Run
+from jaxlora.tasks import launch, load_run, train
 from jaxlora.tasks.chat import Chat
+from jaxlora.tasks.mesh import placing
 from tests import tiny
 
 CONFIG = LlamaConfig(
@@ -297,6 +306,120 @@ def command(folder):
             train(Chat(model=str(folder / "model"), mesh=mesh, batch_size=4, out=f"{folder}/no"))
 
 
+def resumed(folder):
+    """A run that is stopped within an accumulation and goes on, on its devices and on others."""
+    from tests.test_fit import CONFIG, EXAMPLE, MODEL, VARIABLES, examples, loss_fn
+
+    tx: Any = optax.MultiSteps(optax.adamw(1e-2), 2)
+    batches = Batches(examples(64), ROWS, lengths=(12,), seed=0)
+
+    def init(params):
+        args = ({"params": params}, CONFIG, EXAMPLE, EXAMPLE)
+        adapter = jl.lora_init(jax.random.key(1), MODEL, *args)
+        return jl.TrainState.create(adapter, tx, jax.random.key(2))
+
+    def of(mesh):
+        params = VARIABLES["params"]
+        if mesh is None:
+            return init(params), jl.make_train_step(loss_fn, tx), {"params": params}
+        split = NamedSharding(mesh, P("fsdp", "tensor"))
+        where = tree.map_leaves(lambda _, x: split if x.shape == (8, 8) else None, params)
+        params = jax.device_put(params, where)
+        spec = jax.eval_shape(init, params).adapter.spec
+        made = jl.state_shardings(tx, jl.adapter_shardings(spec, params, mesh))
+        step, place = jl.make_train_step(loss_fn, tx, shardings=made), placing(mesh, made)
+        state = jax.jit(init, out_shardings=made)(params)
+        return state, lambda *args: step(*place(*args)), {"params": params}
+
+    def trained(name, made, source=None, stop=0):
+        state, step, variables = made
+        if source:
+            shutil.copytree(f"{folder}/{source}", f"{folder}/{name}")
+        run, calls = Run(f"{folder}/{name}", {"mesh": name}, resume=bool(source)), []
+
+        def counted(*args):
+            calls.append(1)
+            if len(calls) == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*args)
+
+        state = jax.tree.map(jnp.copy, state)
+        state = fit(run, state, counted, variables, batches, resume=bool(source), quiet=True).state
+        assert int(state.step) == (stop or 8)
+        return np.array([row["loss"] for row in run.history()]), state
+
+    cube, line, one = of(mesh_of(2, 2, 2)), of(mesh_of(1, 8, 1)), of(None)
+    assert len(cube[0].adapter.params["inner"]["kernel_lora_b"].sharding.device_set) == 8
+    losses, state = trained("whole", cube)
+    trained("stopped", cube, stop=3)
+    again, found = trained("again", cube, "stopped")
+    np.testing.assert_array_equal(again, losses)
+    jax.tree.map(same, found, state)
+    close(trained("line", line, "stopped")[0], losses)
+    close(trained("one", one, "stopped")[0], losses)
+    trained("alone", one, stop=5)
+    close(trained("spread", cube, "alone")[0], losses)
+
+
+def command_on_hosts(folder, port, number):
+    """`jaxlora train` on two hosts of four devices: told to stop, and resumed."""
+    os.environ |= {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": number,
+    }
+    folder = Path(folder)
+
+    def trained(name, *more):
+        on = ["--out", f"{folder}/{name}", "--mesh", "data=2,fsdp=4", "--distributed"]
+        return main(["train", "chat", *flags_on_hosts(folder), *on, *more])
+
+    calls = []
+
+    def told_to_stop(*args, **options):
+        step = jl.make_train_step(*args, **options)
+
+        def run(*args):
+            calls.append(1)
+            if len(calls) == 2 and number == "1":
+                os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.4 * (len(calls) > 2))  # jax passes the notice on within a second
+            return step(*args)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "make_train_step", told_to_stop)
+        assert trained("run") == 130
+    assert (jax.process_count(), jax.device_count()) == (2, 8)
+    assert 2 <= len(calls) < 12
+    hosts.check_same("a last step", len(calls))
+    assert trained("run", "--resume") == 0
+
+    # What one cannot do stops both.
+    adapter = jl.load_adapter(folder / "run" / "last")
+    with pytest.raises(CheckpointError if number == "0" else RunError, match="could not be saved"):
+        jl.save_adapter(folder / "talk.jsonl" / "no", adapter)
+    with pytest.raises(OSError if number == "1" else RunError, match="no room"):
+        full_on_the_second(number)
+    assert trained("other", "--seed", number) == 2
+    assert not (folder / "other").exists()
+
+
+def full_on_the_second(number):
+    with hosts.together():
+        if number == "1":
+            raise OSError("no room")
+
+
+def flags_on_hosts(folder):
+    data = f"--model {folder}/model --data {folder}/talk.jsonl --valid {folder}/talk.jsonl"
+    return (
+        f"{data} --batch-size 8 --epochs 12 --max-length 16 --dropout 0.1 --eval-every 6 "
+        "--log-every 3 --quiet"
+    ).split()
+
+
 def process(port, number):
     """One of two processes with four devices each."""
     jax.distributed.initialize(f"localhost:{port}", 2, int(number))
@@ -311,13 +434,17 @@ def process(port, number):
 
 PARTS = {
     f.__name__: f
-    for f in (meshes, by_hand, microbatches, collectives, explicit, checkpoints, command, process)
+    for f in (
+        *(meshes, by_hand, microbatches, collectives, explicit, checkpoints, command, resumed),
+        *(process, command_on_hosts),
+    )
 }
 
 if __name__ == "__main__":
     part, *more = sys.argv[1:]
-    jax.config.update("jax_num_cpu_devices", 4 if part == "process" else 8)
-    if part == "process":
+    several = part in ("process", "command_on_hosts")
+    jax.config.update("jax_num_cpu_devices", 4 if several else 8)
+    if several:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_default_matmul_precision", "highest")
     PARTS[part](*more)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -74,7 +75,7 @@ def train(folder, resume=False, **options):
     options = {"evaluate": evaluate, "eval_every": 4, "metric": "spread", "quiet": True} | options
     return fit(
         run,
-        fresh(),
+        options.pop("state", None) or fresh(),
         options.pop("step", STEP),
         VARIABLES,
         batches(),
@@ -132,6 +133,28 @@ def test_a_stopped_and_resumed_run_is_the_one_never_stopped(steps, number, whole
     for name in ("best", "last"):
         pair = [load_state(f / name, fresh())[0] for f in (tmp_path / "run", folder)]
         assert_equal(*pair)
+
+
+def test_a_run_that_is_stopped_within_an_accumulation_is_the_one_never_stopped(tmp_path):
+    tx: Any = optax.MultiSteps(TX, 4)
+    step = jl.make_train_step(loss_fn, tx)
+
+    def trained(name, resume=False, stop=0):
+        calls = []
+
+        def counted(*args):
+            calls.append(1)
+            if len(calls) == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(*args)
+
+        start = jl.TrainState.create(fresh().adapter, tx, jax.random.key(2))
+        return train(tmp_path / name, resume, state=start, step=counted).state
+
+    expected = trained("whole")
+    stopped = trained("run", stop=6)
+    assert (int(stopped.step), int(stopped.opt_state.mini_step)) == (6, 2)
+    assert_equal(trained("run", resume=True), expected)
 
 
 def test_a_signal_in_an_evaluation_stops_it_and_a_resumed_run_does_it_again(whole, tmp_path):

@@ -53,7 +53,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path):
         Run(tmp_path, {"rank": 4})
     with pytest.raises(RunError, match="other settings: new None -> 1, rank 5 -> 4"):
         check(tmp_path, {"rank": 4, "new": 1}, resume=True)
-    assert Run(tmp_path, {"rank": 5}, resume=True).config == {"rank": 5}
+    assert Run(tmp_path, {"rank": 5, "mesh": "fsdp=8"}, resume=True).config == {"rank": 5}
     assert Run(tmp_path, resume=True).config == {"rank": 5}
 
 

@@ -65,12 +65,12 @@ def encoder(folder: Path) -> Path:
     return models.save_pretrained(folder, model, params, tokenizer=tokenizer())
 
 
-def causal(folder: Path, template: str | None = TEMPLATE) -> Path:
+def causal(folder: Path, template: str | None = TEMPLATE, layers: int = 2) -> Path:
     """A Llama-type model."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=96,

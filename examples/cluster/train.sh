@@ -1,10 +1,13 @@
 #!/bin/sh
-# The command that every file of this folder starts, on one host with 8 devices.
-# RUN is a folder that outlives the host: a job that was stopped goes on from there.
+# The command that every file of this folder starts, once on each of HOSTS hosts of DEVICES devices.
+# RUN is a folder that all hosts see and that outlives them: a job that was stopped goes on from
+# there, on another mesh as well (keep BATCH then).
 set -eu
 : "${RUN:=runs/chat}" "${MODEL:=meta-llama/Llama-3.1-8B}" "${DATA:=dialogues.jsonl}"
-: "${MESH:=fsdp=8}"
-resume=
+: "${HOSTS:=1}" "${DEVICES:=8}"
+: "${MESH:=data=$HOSTS,fsdp=$DEVICES}" "${BATCH:=$((2 * HOSTS * DEVICES))}"
+resume= distributed=
 if [ -d "$RUN/last" ]; then resume=--resume; fi
+if [ "$HOSTS" -gt 1 ]; then distributed=--distributed; fi
 exec jaxlora train chat --model "$MODEL" --data "$DATA" --out "$RUN" --mesh "$MESH" \
-  --batch-size 16 --dtype bfloat16 --quiet $resume
+  --batch-size "$BATCH" --dtype bfloat16 --quiet $distributed $resume

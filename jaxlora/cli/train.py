@@ -5,10 +5,13 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from jaxlora import hosts
 from jaxlora.cli.options import fields_of, parse
 from jaxlora.errors import ConfigError, RunError, nearest, optional
 from jaxlora.runs import read_config
 from jaxlora.tasks import TASKS, train
+
+_SWITCHES = ("--resume", "--quiet", "--distributed")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -22,8 +25,8 @@ def run(argv: Sequence[str]) -> int:
             f"Task is '{task}', expected one of {', '.join(TASKS)}. "
             f"Nearest: {nearest(task, TASKS, 1)[0]}."
         )
-    resume, quiet = ("--resume" in flags), ("--quiet" in flags)
-    flags = [flag for flag in flags if flag not in ("--resume", "--quiet")]
+    resume, quiet, distributed = (flag in flags for flag in _SWITCHES)
+    flags = [flag for flag in flags if flag not in _SWITCHES]
     kind, prog = _described(TASKS[task]), f"jaxlora train {task}"
     settings = parse(kind, flags, prog)
     if resume:  # the run's own settings are the defaults
@@ -33,6 +36,8 @@ def run(argv: Sequence[str]) -> int:
         values = fields_of(kind, there, f"{settings.out}/config.yaml")
         settings = parse(kind, flags, prog, kind(**values))
     settings = TASKS[task](**{f.name: getattr(settings, f.name) for f in dataclasses.fields(kind)})
+    if distributed:
+        hosts.initialize()
     console = optional("rich.console", "The command line", "train").Console()
     result = train(
         settings,
@@ -47,6 +52,7 @@ def _described(kind: type) -> Any:
     """The settings' class with the flags that are not settings in its help."""
     more = (
         "--resume goes on with the run in --out, with its settings. --quiet shows no progress.\n"
+        "--distributed joins the processes of other hosts, each started by the same command.\n"
         "Ctrl-C saves and leaves."
     )
     return type(

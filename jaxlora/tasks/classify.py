@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlora import hosts
 from jaxlora.apply import lora_apply
 from jaxlora.batches import Batches, Example
 from jaxlora.datasets import load_reviews
@@ -231,7 +232,8 @@ def score(
     found = []
     for batch in batches:
         real = batch["weight"] > 0
-        classes, losses = jax.device_get(predict(model, adapter, variables, batch))
+        answers = hosts.on_host(predict(model, adapter, variables, batch))
+        classes, losses = jax.device_get(answers)
         found += zip(classes[real].tolist(), losses[real].tolist(), strict=True)
     given = [0] * len(examples)
     for i, (number, _) in zip(order, found, strict=True):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora import hosts
 from jaxlora.apply import lora_apply
 from jaxlora.batches import Batches, Example
 from jaxlora.errors import DataError
@@ -68,7 +69,10 @@ def make_evaluate(model: Any, batch_size: int, pad: Any) -> Any:
 
     def evaluate(adapter: Any, variables: Any, examples: Sequence[Example]) -> dict[str, float]:
         batches = Batches(sorted(examples, key=_length), batch_size, pad=pad)
-        found = [jax.device_get(_sums(model, adapter, variables, batch)) for batch in batches]
+        found = [
+            jax.device_get(hosts.on_host(_sums(model, adapter, variables, batch)))
+            for batch in batches
+        ]
         total, count = (float(np.sum([pair[i] for pair in found])) for i in (0, 1))
         mean = total / count
         return {"loss": mean, "perplexity": float(np.exp(min(mean, 80.0)))}

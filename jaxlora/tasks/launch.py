@@ -1,22 +1,25 @@
 """Settings to a finished run, and a run's folder back to its model and adapter."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from jaxlora import runs
+from jaxlora import hosts, runs
 from jaxlora.adapter import Adapter, summary
 from jaxlora.batches import Batches
 from jaxlora.checkpoint import load_adapter, recover
-from jaxlora.errors import ConfigError, RunError, nearest
+from jaxlora.errors import ConfigError, RunError, ShardingError, nearest
 from jaxlora.fit import Result, fit
 from jaxlora.init import lora_init
+from jaxlora.plan import plan
 from jaxlora.runs import BEST, LAST, Run, read_config
 from jaxlora.sharding import adapter_shardings, state_shardings
-from jaxlora.tasks.base import Settings, optimizer
+from jaxlora.tasks.base import Problem, Settings, optimizer
 from jaxlora.tasks.chat import Chat
 from jaxlora.tasks.classify import Classify
 from jaxlora.tasks.mesh import mesh_of, placing, rows_stay
@@ -46,6 +49,9 @@ def train(
 ) -> Result:
     """Run a task by its settings: load, plan, train, evaluate, save.
 
+    With several processes (`hosts.initialize`) all call it with the same settings, which name a
+    mesh of the devices of all of them.
+
     Args:
       settings: those of a task.
       resume: go on with the run in `settings.out`.
@@ -59,11 +65,17 @@ def train(
       LoraError: a setting, file, model or run that does not work, before anything is written; or
         a loss that is not finite.
     """
-    settings = settings.filled()
-    mesh = None if settings.mesh is None else mesh_of(settings.mesh, settings.batch_size)
-    runs.check(settings.out, to_dict(settings), resume=resume)
-    pretrained = settings.load()
-    problem = settings.problem(pretrained)
+    with hosts.together():
+        settings = settings.filled()
+        mesh = None if settings.mesh is None else mesh_of(settings.mesh, settings.batch_size)
+        if mesh is None and not hosts.alone():
+            raise ShardingError(
+                f"mesh is None with {jax.process_count()} processes, expected one of all their "
+                f"{jax.device_count()} devices, such as fsdp={jax.device_count()}."
+            )
+        runs.check(settings.out, to_dict(settings), resume=resume)
+        pretrained = settings.load()
+        problem = settings.problem(pretrained)
     model, params, _ = pretrained
     variables = {"params": params}
     batches = Batches(
@@ -73,18 +85,28 @@ def train(
         seed=settings.seed,
         pad=problem.pad,
     )
+    if not hosts.alone():
+        hosts.check_same("settings or data", [to_dict(settings), resume, _tokens(problem)])
     steps = min(len(batches), settings.max_steps or len(batches))
     key = jax.random.key(settings.seed)
-    adapter = lora_init(key, model, variables, problem.config, *problem.inputs)
     tx, schedule = optimizer(settings, steps)
-    state = TrainState.create(adapter, tx, jax.random.fold_in(key, 1))
+
+    def start(params: Any) -> TrainState:
+        variables = {"params": params}
+        adapter = lora_init(key, model, variables, problem.config, *problem.inputs)
+        return TrainState.create(adapter, tx, jax.random.fold_in(key, 1))
+
     loss, place, made = problem.loss, None, None
-    if mesh is not None:
-        made = state_shardings(tx, adapter_shardings(adapter.spec, params, mesh))
-        state = jax.device_put(state, made)
+    if mesh is None:
+        state = start(params)
+    else:  # each leaf is made where it lies
+        spec = plan(model, variables, problem.config, *problem.inputs).spec
+        made = state_shardings(tx, adapter_shardings(spec, params, mesh))
+        state = jax.jit(start, out_shardings=made)(params)
         loss, place = rows_stay(loss, mesh), placing(mesh, made)
     step = make_train_step(loss, tx, shardings=made, on_bad_step="stop")
-    say(summary(params, adapter))
+    say = say if hosts.is_writer() else lambda line: None
+    say(summary(params, state.adapter))
     say(
         f"{len(problem.train):,} training and {len(problem.valid):,} validation examples, "
         f"{problem.cut} cut to {settings.max_length} tokens; padded to {batches.lengths}, "
@@ -113,6 +135,13 @@ def train(
     else:
         say(f"best {problem.metric} {result.best} at step {result.best_step}: {run.best}")
     return result
+
+
+def _tokens(problem: Problem) -> list[int]:
+    """How many tokens there are, and their checksum: whether two hosts have one data set."""
+    ids = [np.asarray(e["input_ids"]) for e in (*problem.train, *problem.valid)]
+    tokens = np.concatenate(ids).astype(np.int64)
+    return [len(ids), len(tokens), zlib.crc32(tokens.tobytes())]
 
 
 def load_run(folder: str | Path, which: str = BEST) -> Trained:

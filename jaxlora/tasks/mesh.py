@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlora import hosts
 from jaxlora.errors import ShardingError, nearest
 from jaxlora.sharding import rows_over
 from jaxlora.train import TrainState
@@ -79,10 +80,21 @@ def rows_stay(loss: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def placing(mesh: Mesh, state: TrainState) -> Callable[..., tuple[Any, Any, Any]]:
-    """Puts the arguments of a step on the mesh: a resumed state, and each batch."""
+    """Puts the arguments of a step on the mesh: a resumed state, and each batch.
+
+    With several processes each has all of both, and puts its part there: nothing is sent.
+    """
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
+    resumed = jax.jit(lambda now: now, out_shardings=state)
 
     def place(now: TrainState, variables: Any, batch: Any) -> tuple[Any, Any, Any]:
-        return jax.device_put(now, state), variables, jax.device_put(batch, rows)
+        if hosts.alone():
+            return jax.device_put(now, state), variables, jax.device_put(batch, rows)
+        if now.step.is_fully_addressable:  # read from a checkpoint, each by itself
+            now = resumed(now)
+        batch = jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), batch
+        )
+        return now, variables, batch
 
     return place
