@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxlora import tree
 from jaxlora.config import LoraConfig
-from jaxlora.errors import ConfigError, ShardingError
+from jaxlora.errors import ConfigError, ShardingError, TooLargeError
 from jaxlora.models.architectures import architecture_of
 from jaxlora.models.sharding import default_specs
 from jaxlora.plan import plan
@@ -21,6 +21,10 @@ from jaxlora.tasks import classify, language
 from jaxlora.tasks.base import Settings, optimizer
 from jaxlora.tasks.mesh import ROWS, rows_stay
 from jaxlora.train import TrainState, make_train_step
+
+_ON_CPU = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+"""XLA for CPU makes float32 of bfloat16 kernels, and would do so for all layers before the loop
+over them: accelerators have no such copy of the base."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +123,7 @@ def step_memory(
       The bytes.
 
     Raises:
+      TooLargeError: the compiler refuses, as a TPU's does for more than the TPU has.
       LoraError: as `plan`; or rows that the mesh does not divide.
 
     Example:
@@ -145,7 +150,13 @@ def step_memory(
     over = NamedSharding(mesh, PartitionSpec(ROWS))
     batch = {name: _on(x, over) for name, x in batch.items()}
     step: Any = make_train_step(rows_stay(loss, mesh), tx, shardings=shardings)
-    compiled = step.lower(state, variables, batch).compile()
+    cpu = next(iter(mesh.devices.flat)).platform == "cpu"
+    try:
+        compiled = step.lower(state, variables, batch).compile(_ON_CPU if cpu else None)
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise TooLargeError(str(e).strip().splitlines()[0]) from e
     found: Any = compiled.memory_analysis()
     parts = Memory(_bytes(variables), _bytes(state.adapter), _bytes(state.opt_state))
     inputs = _bytes((state.step, state.key, batch))
