@@ -145,8 +145,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         found = case.step()
     except TooLargeError as e:
-        found, said = case.held(sizes["fsdp"]), str(e)
-        _print(where, found, f"The TPU's compiler refuses: {said}")
+        found = case.held(sizes["fsdp"])
+        _print(where, found, str(e))
         return _answer(case, found, None, room)
     _print(where, found, _compiler(options))
     return 0 if room is None else _answer(case, found, found.total, room)
@@ -167,8 +167,9 @@ def _compiler(options: Plan) -> str:
     if options.topology is not None:
         return f"Planned by the TPU's own compiler for {options.topology}."
     return (
-        "Planned by XLA for CPU: an estimate. It computes bfloat16 products in float32, so its "
-        "activations are above an accelerator's; the first three rows are exact."
+        "Planned by XLA for CPU, which computes bfloat16 products in float32: the activations are "
+        "an estimate, above those of a TPU's compiler (--topology). Params, adapter and optimizer "
+        "are exact."
     )
 
 
@@ -182,8 +183,8 @@ def _print(where: str, found: Memory, note: str) -> None:
         "program and padding": found.other,
         "in all": found.total,
     }
-    known = [(name, f"{n:,}", f"{n / 1e9:.2f}") for name, n in parts.items() if n]
-    show.table(where, ("on each device", "bytes", "GB"), known)
+    known = [(name, f"{n:,}", _gb(n)) for name, n in parts.items() if n]
+    show.table(where, ("on each device", "bytes", ""), known)
     show.line(note)
 
 
@@ -208,7 +209,8 @@ def _ways(case: _Case, found: Memory, room: float) -> Iterator[str]:
     while rest < room and (fsdp := 2 * fsdp) <= MOST:
         held = case.held(fsdp).held
         if held + rest <= room:
-            yield f"fsdp={fsdp} holds {_gb(held)} a device, and {_gb(held + rest)} with the rest"
+            after = f"{_gb(held + rest)} with the rest as it is" if rest else "activations aside"
+            yield f"fsdp={fsdp} holds {_gb(held)}: {after}"
             break
     tries: list[dict[str, Any]] = []
     if o.param_dtype == "float32":
@@ -229,4 +231,4 @@ def _ways(case: _Case, found: Memory, room: float) -> Iterator[str]:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

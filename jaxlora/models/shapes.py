@@ -81,9 +81,9 @@ def config_of(name: str | Path) -> dict[str, Any]:
       >>> config_of("gpt3-175b")["n_layer"]
       96
     """
-    if name in SHAPES:
-        return SHAPES[str(name)]
     path = Path(name).expanduser()
+    if name in SHAPES and not path.exists():
+        return SHAPES[str(name)]
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").is_file()):
         return open_source(name).config
     try:
@@ -91,7 +91,9 @@ def config_of(name: str | Path) -> dict[str, Any]:
         return hub.read_config(hub.resolve(name, **files))  # type: ignore[arg-type]
     except CheckpointError as e:
         near = nearest(str(name), SHAPES, 1)[0]
-        raise CheckpointError(f"{e} Shapes that need no file: {listing(SHAPES)}; {near}?") from e
+        raise CheckpointError(
+            f"{str(e).rstrip('. ')}. Models that need no file: {listing(SHAPES)}. Nearest: {near}."
+        ) from e
 
 
 def from_config(

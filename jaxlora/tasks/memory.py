@@ -89,7 +89,7 @@ def held_memory(
       >>> mesh = AbstractMesh((1, 8, 1), ("data", "fsdp", "tensor"))
       >>> found = held_memory(model, params, jl.LoraConfig(rank=8, targets="q_proj|v_proj"), mesh)
       >>> found.params // 10**6, found.adapter, found.optimizer == 2 * found.adapter + 8
-      (4015, 1736704, True)
+      (4016, 6291456, True)
     """
     state, variables = _abstract(model, params, config, mesh, tx or default_optimizer())[:2]
     return Memory(_bytes(variables), _bytes(state.adapter), _bytes(state.opt_state))
@@ -156,7 +156,8 @@ def step_memory(
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        raise TooLargeError(str(e).strip().splitlines()[0]) from e
+        said = str(e).strip().splitlines()[0].rpartition("CompileTimeHbmOom: ")[2]
+        raise TooLargeError(f"The step needs more memory than a device has: {said}") from e
     found: Any = compiled.memory_analysis()
     parts = Memory(_bytes(variables), _bytes(state.adapter), _bytes(state.opt_state))
     inputs = _bytes((state.step, state.key, batch))
