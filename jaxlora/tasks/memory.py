@@ -20,11 +20,14 @@ from jaxlora.sharding import adapter_shardings, state_shardings
 from jaxlora.tasks import classify, language
 from jaxlora.tasks.base import Settings, optimizer
 from jaxlora.tasks.mesh import ROWS, rows_stay
+from jaxlora.tokens import token_axes
 from jaxlora.train import TrainState, make_train_step
 
 _ON_CPU = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 """XLA for CPU makes float32 of bfloat16 kernels, and would do so for all layers before the loop
 over them: accelerators have no such copy of the base."""
+_ELSEWHERE = "apart"
+"""How the axes of tokens are taken where the program is for other devices than the default one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +155,9 @@ def step_memory(
     step: Any = make_train_step(rows_stay(loss, mesh), tx, shardings=shardings)
     cpu = next(iter(mesh.devices.flat)).platform == "cpu"
     try:
-        compiled = step.lower(state, variables, batch).compile(_ON_CPU if cpu else None)
+        with token_axes("auto" if cpu else _ELSEWHERE):
+            lowered = step.lower(state, variables, batch)
+        compiled = lowered.compile(_ON_CPU if cpu else None)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
