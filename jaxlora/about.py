@@ -210,7 +210,7 @@ def _digest(rows: Any) -> str:
 def checksum(x: Any) -> int:
     """The crc32 of an array's bytes."""
     whole = np.ascontiguousarray(jax.device_get(x)).reshape(-1)
-    return zlib.crc32(whole.view(np.uint8))  # in place: a copy takes four times as long
+    return zlib.crc32(whole.view(np.uint8).data)  # in place: a copy takes four times as long
 
 
 def damaged(where: Path, e: Exception) -> DamageError:

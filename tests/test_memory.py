@@ -156,7 +156,7 @@ def test_the_command_needs_only_a_config_and_its_status_tells_whether_it_fits(tm
     for change in ("remat all", "max-length 1"):
         assert f"--{change} needs " in text
     assert main([*flags, "--max-length", "129"]) == 2
-    assert "max_length is 129, the model has 128 positions" in capsys.readouterr().err
+    assert "max_length is 129, expected 1 to 128" in capsys.readouterr().err
 
 
 def test_a_process_that_has_started_with_too_few_devices_asks_another(tmp_path, capfd):

@@ -17,11 +17,11 @@ from jaxlora.errors import ConfigError, TooLargeError
 from jaxlora.models.architectures import architecture
 from jaxlora.models.shapes import SHAPES, config_of, from_config
 from jaxlora.tasks.base import Settings, adapter_config, source_of
+from jaxlora.tasks.classify import HEADS
 from jaxlora.tasks.memory import Memory, held_memory, step_memory
 from jaxlora.tasks.mesh import AXES, ROWS, mesh_sizes
 from jaxlora.tasks.topology import memory_of, mesh_on, topology_devices
 
-HEADS = ("classifier", "pooler", "score")
 MOST = 4096
 """The largest fsdp size that is proposed."""
 
@@ -96,28 +96,29 @@ class _Case:
         head = () if type(model) is heads.get("lm") else HEADS
         return model, params, adapter_config(settings, params, head)
 
-    @property
-    def rows(self) -> int:
-        """The fewest rows of a step."""
-        return math.prod(self.sizes[name] for name in ROWS)
+    def filled(self) -> "_Case":
+        """The same with the rows and the length that are meant where none are given."""
+        o = self.options
+        context = getattr(self.made()[0].config, "context", None) or 2048
+        length = min(2048, context) if o.max_length is None else o.max_length
+        if not 1 <= length <= context:
+            raise ConfigError(
+                f"max_length is {length}, expected 1 to {context}, the positions of the model."
+            )
+        rows = self.fewest if o.batch_size is None else o.batch_size
+        options = dataclasses.replace(o, batch_size=rows, max_length=length)
+        return dataclasses.replace(self, options=options)
 
     @property
-    def length(self) -> int:
-        """Tokens of a row."""
-        context = getattr(self.made()[0].config, "context", None) or 2048
-        length = self.options.max_length or min(2048, context)
-        if length > context:
-            raise ConfigError(
-                f"max_length is {length}, the model has {context} positions. Lower it."
-            )
-        return length
+    def fewest(self) -> int:
+        """The fewest rows of a step: one on each device that rows lie over."""
+        return math.prod(self.sizes[name] for name in ROWS)
 
     def step(self, **changes: Any) -> Memory:
         """The memory of a step, with some of the options changed."""
         o = dataclasses.replace(self.options, **changes)
-        length = o.max_length if "max_length" in changes else self.length
-        rows = self.rows if o.batch_size is None else o.batch_size
-        return step_memory(*self.made(**changes), self.mesh, batch_size=rows, length=length or 2048)
+        rows, length = o.batch_size or 0, o.max_length or 0
+        return step_memory(*self.made(**changes), self.mesh, batch_size=rows, length=length)
 
     def held(self, fsdp: int) -> Memory:
         """What lies on each device with another size of fsdp."""
@@ -129,38 +130,46 @@ def run(argv: Sequence[str]) -> int:
     """Plan, print, and tell by the status whether it fits."""
     options = parse(Plan, argv, "jaxlora plan")
     fields = config_of(options.model if options.model in SHAPES else source_of(options.model))
-    devices = None
-    if options.topology is not None:
+    if options.topology is None:
+        text = options.mesh or "fsdp=1"
+        count = math.prod(mesh_sizes(text).values())
+        if not _start(count):
+            return subprocess.run([sys.executable, "-m", "jaxlora", "plan", *argv]).returncode
+        devices = jax.devices("cpu")[:count]
+    else:
         _start(1)
         devices = topology_devices(options.topology)
-    text = options.mesh or f"fsdp={len(devices or [0])}"
+        text = options.mesh or f"fsdp={len(devices)}"
     sizes = mesh_sizes(text)
-    if devices is None:
-        devices = _start(math.prod(sizes.values()))
-        if devices is None:
-            return subprocess.run([sys.executable, "-m", "jaxlora", "plan", *argv]).returncode
-    case = _Case(options, sizes, mesh_on(sizes, devices), fields)
+    case = _Case(options, sizes, mesh_on(sizes, devices), fields).filled()
     room = memory_of(devices) if options.fits is None else options.fits
     where = f"{options.model} on {options.topology or 'devices'} {text}"
     try:
-        found = case.step()
+        found, total, note = case.step(), 0, _compiler(options)
     except TooLargeError as e:
-        found = case.held(sizes["fsdp"])
-        _print(where, found, str(e))
-        return _answer(case, found, None, room)
-    _print(where, found, _compiler(options))
-    return 0 if room is None else _answer(case, found, found.total, room)
+        found, total, note = case.held(sizes["fsdp"]), math.inf, str(e)
+    total += found.total
+    _print(where, found, note)
+    if room is None:
+        return int(total == math.inf)
+    if total <= room * 1e9:
+        show.line(f"fits: {_gb(total)} of {room:g} GB a device")
+        return 0
+    needs = _gb(total) if total < math.inf else "more than there is"
+    show.line(f"does not fit: {needs} of {room:g} GB a device")
+    for line in _ways(case, found, room * 1e9):
+        show.line(f"  {line}")
+    return 1
 
 
-def _start(count: int) -> list[Any] | None:
-    """Virtual CPU devices, as many; None if JAX has started in this process with fewer."""
+def _start(count: int) -> bool:
+    """Asks for virtual CPU devices; False if JAX has started in this process with fewer."""
     try:
         jax.config.update("jax_num_cpu_devices", count)
         jax.config.update("jax_platforms", "cpu")
     except RuntimeError:  # it has started
-        pass
-    devices = jax.devices("cpu")
-    return devices[:count] if len(devices) >= count else None
+        return len(jax.devices("cpu")) >= count
+    return True
 
 
 def _compiler(options: Plan) -> str:
@@ -188,20 +197,6 @@ def _print(where: str, found: Memory, note: str) -> None:
     show.line(note)
 
 
-def _answer(case: _Case, found: Memory, total: int | None, room: float | None) -> int:
-    """One line on whether it fits, and more where it does not: 0 or 1."""
-    room = math.inf if room is None else room
-    of = f"{room:g} GB a device"
-    if total is not None and total <= room * 1e9:
-        show.line(f"fits: {_gb(total)} of {of}")
-        return 0
-    needs = "more than there is" if total is None else _gb(total)
-    show.line(f"does not fit: {needs} of {of}")
-    for line in _ways(case, found, room * 1e9):
-        show.line(f"  {line}")
-    return 1
-
-
 def _ways(case: _Case, found: Memory, room: float) -> Iterator[str]:
     """What would help, each of them planned."""
     o, rest = case.options, found.total - found.held
@@ -217,9 +212,10 @@ def _ways(case: _Case, found: Memory, room: float) -> Iterator[str]:
         tries.append({"param_dtype": "bfloat16"})
     if o.remat != "all":
         tries.append({"remat": "all"})
-    if o.batch_size is not None and o.batch_size > case.rows:
-        tries.append({"batch_size": case.rows})
-    tries.append({"max_length": max(1, case.length // 2)})
+    if o.batch_size != case.fewest:
+        tries.append({"batch_size": case.fewest})
+    if o.max_length != 1:
+        tries.append({"max_length": (o.max_length or 0) // 2})
     for change in tries:
         flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in change.items())
         try:

@@ -28,6 +28,8 @@ from jaxlora.tasks.base import (
 
 REVIEWS = ("movie", "amazon", "tweets", "nyt")
 """The names of data that `jaxlora.datasets.load_reviews` brings."""
+HEADS = ("classifier", "pooler", "score")
+"""The modules of a head, which are trained in full."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ class Classify(Settings):
             train=sets[0],
             valid=sets[1],
             pad=pad,
-            config=adapter_config(self, params, ("classifier", "pooler", "score")),
+            config=adapter_config(self, params, HEADS),
             inputs=(jax.ShapeDtypeStruct((1, 8), jnp.int32),),
             loss=make_loss(model, self.label_smoothing),
             evaluate=lambda adapter, variables, examples: score(
