@@ -75,7 +75,8 @@ def test_the_plan_of_a_70b_model_has_no_array_of_it():
         import resource
         from jaxlora.cli import main
 
-        assert main(["plan", "llama-3.1-70b", "--mesh", "fsdp=8", "--fits", "80"]) == 0
+        # 76 GB if XLA for CPU were to make float32 of all layers at once.
+        assert main(["plan", "llama-3.1-70b", "--mesh", "fsdp=8", "--fits", "40"]) == 0
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         assert used < 3e6, used  # KB; the params are 141 GB
     """)
@@ -124,7 +125,7 @@ def test_a_step_needs_less_with_remat_and_the_total_is_the_sum():
 def test_a_classifier_is_planned_as_well():
     fields = {"model_type": "bert", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2}
     fields |= {"num_attention_heads": 2, "intermediate_size": 32}
-    model, params = from_config(fields, head="classification", num_labels=3)
+    model, params = from_config(fields, head="classification", num_labels=3, scan_layers=True)
     config = jl.LoraConfig(rank=2, targets="query", modules_to_save="classifier")
     found = step_memory(model, params, config, one_device(), batch_size=2, length=8)
     assert found.activations > 0
