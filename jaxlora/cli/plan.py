@@ -190,7 +190,7 @@ def _print(where: str, found: Memory, note: str) -> None:
         "batch, step and key": found.inputs,
         "activations and gradients": found.activations,
         "program and padding": found.other,
-        "in all": found.total,
+        "in all" if found.activations else "held between steps": found.total,
     }
     known = [(name, f"{n:,}", _gb(n)) for name, n in parts.items() if n]
     show.table(where, ("on each device", "bytes", ""), known)
@@ -204,17 +204,17 @@ def _ways(case: _Case, found: Memory, room: float) -> Iterator[str]:
     while rest < room and (fsdp := 2 * fsdp) <= MOST:
         held = case.held(fsdp).held
         if held + rest <= room:
-            after = f"{_gb(held + rest)} with the rest as it is" if rest else "activations aside"
-            yield f"fsdp={fsdp} holds {_gb(held)}: {after}"
+            after = f"{_gb(held + rest)} with the rest as it is" if rest else "the rest aside"
+            yield f"fsdp={fsdp} holds {_gb(held)}, {after}"
             break
     tries: list[dict[str, Any]] = []
     if o.param_dtype == "float32":
         tries.append({"param_dtype": "bfloat16"})
-    if o.remat != "all":
+    if o.remat != "all" and found.held < room:
         tries.append({"remat": "all"})
-    if o.batch_size != case.fewest:
+    if o.batch_size != case.fewest and found.held < room:
         tries.append({"batch_size": case.fewest})
-    if o.max_length != 1:
+    if o.max_length != 1 and found.held < room:
         tries.append({"max_length": (o.max_length or 0) // 2})
     for change in tries:
         flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in change.items())
