@@ -25,7 +25,8 @@ test: $(VENV)/.dev ## lint, type-check and run all the tests
 	$(BIN)/python -m pytest -n 2
 
 test-long: $(VENV)/.dev ## 100,000 broken files, 200 kills of runs and of saves (hours)
-	FUZZ=100000 FUZZ_SEED=$${SEED:-1} FAULTS=200 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_faults.py
+	FUZZ=100000 FUZZ_SEED=$${SEED:-1} FAULTS=200 $(BIN)/python -m pytest -n 2 --dist worksteal \
+	  tests/test_fuzz.py tests/test_faults.py
 
 test-oldest: $(OLDEST)/.installed ## the tests on the oldest versions that pyproject allows
 	$(OLDEST)/bin/python -m pytest -n 2
@@ -71,7 +72,8 @@ bench-quality: $(VENV)/.dev $(TORCH)/.installed ## LoRA against full fine-tuning
 audit: $(VENV)/.dev ## known weaknesses of what is installed
 	$(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install -q --disable-pip-version-check pip-audit
 	$(BIN)/python -m pip freeze --exclude-editable > $(AUDIT)/all.txt
-	$(AUDIT)/bin/pip-audit --no-deps --disable-pip -r $(AUDIT)/all.txt
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip -s $(or $(SERVICE),pypi) -r $(AUDIT)/all.txt || \
+	  { echo "audit: a weakness above, or a package that $(or $(SERVICE),pypi) could not be asked about: not a pass (or SERVICE=osv)"; exit 1; }
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) $(TORCH) $(GEMMA) $(TF4) $(OLDEST) $(AUDIT) .pytest_cache .ruff_cache .hypothesis

@@ -95,9 +95,11 @@ COLUMNS = [
     "trained parameters",
     "of the base, 1 in",
     "params GB",
+    "gradients GB",
     "optimizer GB",
     "held GB",
     "of LoRA's held",
+    "activations GB",
     "peak GB",
     "of LoRA's peak",
     "checkpoint MB",
@@ -118,8 +120,9 @@ def main(arguments: list[str] | None = None) -> None:
             rows += measure(name, CASES[name])
             bar.advance(task)
     note = (
-        "Held: params and optimizer state, exactly, from shapes. Peak: those and all that the step "
-        "holds at its most, gradients and activations included, as XLA for CPU plans it. Adam."
+        "Held: params and optimizer state, exactly, from shapes; gradients have the bytes of what "
+        "is trained. Peak: all that the step holds at its most, as XLA for CPU plans it; "
+        "activations: what of the peak is neither held nor gradients. Adam."
     )
     table = results.table("Training state", COLUMNS, rows)
     results.write(
@@ -156,9 +159,11 @@ def measure(name: str, case: Case) -> list[list[Any]]:
                 count,
                 round(whole / count),
                 (size(trained) + size(frozen)) / 1e9,
+                size(trained) / 1e9,
                 size(state) / 1e9,
                 held / 1e9,
                 held / lora_held,
+                (peak - held - size(trained)) / 1e9,
                 peak / 1e9,
                 peak / lora_peak,
                 size(trained) / 1e6,

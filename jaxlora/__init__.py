@@ -10,6 +10,7 @@ from jaxlora.checkpoint import save_adapter as save_adapter
 from jaxlora.config import LoraConfig as LoraConfig
 from jaxlora.errors import LoraError as LoraError
 from jaxlora.eva import eva_init as eva_init
+from jaxlora.finite import first_bad as first_bad
 from jaxlora.generate import generate as generate
 from jaxlora.init import lora_init as lora_init
 from jaxlora.initializers import register_init as register_init

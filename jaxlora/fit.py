@@ -16,9 +16,10 @@ from jaxlora import tree
 from jaxlora.batches import Batches, loader
 from jaxlora.checkpoint import recover
 from jaxlora.errors import ConfigError, RunError, listing, optional
+from jaxlora.finite import first_bad
 from jaxlora.runs import VALID, Run
 from jaxlora.saver import Saver, load_newest
-from jaxlora.train import StepFn, TrainState
+from jaxlora.train import LossFn, StepFn, TrainState
 
 _MOST_SKIPPED = 20  # steps in a row: then it is no single bad batch
 Evaluate = Callable[[Any], Mapping[str, float]]
@@ -70,6 +71,7 @@ def fit(
     save_every: float | None = None,
     resume: bool = False,
     quiet: bool = False,
+    loss_fn: LossFn | None = None,
 ) -> Result:
     """Train to the last step, or until Ctrl-C, SIGTERM or SIGUSR1, which save and leave.
 
@@ -97,13 +99,17 @@ def fit(
       save_every: seconds after which to save between evaluations as well.
       resume: go on from `run.last`, or with a warning from the newest checkpoint that is whole.
       quiet: show no progress bar.
+      loss_fn: what `step` was made of. Where a step made with `on_bad_step` is not finite, it runs
+        once more and the module that first went bad is named (`jaxlora.finite.first_bad`), with
+        the adapter as it is then. Not with several processes.
 
     Returns:
       The state, whether it was stopped, and the best score.
 
     Raises:
-      RunError: a loss or gradient that is not finite, with its step and the leaves, before anything
-        of it is saved; there is no checkpoint to resume from; or another process writes there.
+      RunError: a loss or gradient that is not finite, with its step, the leaves and the module,
+        before anything of it is saved; there is no checkpoint to resume from; or another process
+        writes there.
       CheckpointError: a save failed, or no checkpoint is whole.
       ConfigError: steps beyond the data, or `evaluate` gives no such metric.
       MissingDependencyError: grain or rich is not installed.
@@ -132,21 +138,27 @@ def fit(
         kept.data = data.get_state()
         saver.save(run.last, state, dataclasses.asdict(kept), keep)
 
-    pending: list[tuple[int, dict[str, Any]]] = []
+    pending: list[tuple[int, Any, dict[str, Any]]] = []
     skipped = 0  # in a row
 
     def flush() -> None:
         nonlocal skipped
-        for number, metrics in jax.device_get(pending):
+        found = jax.device_get([metrics for _, _, metrics in pending])
+        for (number, batch, _), metrics in zip(pending, found, strict=True):
             bad = metrics.pop("bad_leaves", None)
             skips = bool(metrics.get("skipped", False))
             skipped = skipped + 1 if skips else 0
-            for name in {"loss", "grad_norm"} & metrics.keys():
-                if not math.isfinite(metrics[name]) and (not skips or skipped >= _MOST_SKIPPED):
+            for name in ("loss", "grad_norm"):
+                finite = math.isfinite(metrics.get(name, 0.0))
+                if not finite and (not skips or skipped >= _MOST_SKIPPED):
+                    where = _named(state, bad)
+                    if bad is not None and loss_fn is not None and jax.process_count() == 1:
+                        key = jax.random.fold_in(state.key, number - 1)
+                        where += _born(state, loss_fn, variables, batch, key)
                     raise RunError(
                         f"The {name} of step {number} is {float(metrics[name])}, expected a finite "
-                        f"number{_named(state, bad)}. Training stopped; {run.last} is from before "
-                        "it. Lower the learning rate, or look at the data of that step."
+                        f"number{where}. Training stopped; {run.last} is from before it. Lower the "
+                        "learning rate, or look at the data of that step."
                     )
             rate = {} if schedule is None else {"learning_rate": float(schedule(number - 1))}
             run.log(number, {name: float(x) for name, x in metrics.items()} | rate)
@@ -182,9 +194,10 @@ def fit(
                     saved = time.monotonic()
                 if at >= steps or stop.asked or _taken_away(at):
                     break
-                state, metrics = step(state, variables, next(data))
+                batch = next(data)
+                state, metrics = step(state, variables, batch)
                 at += 1
-                pending.append((at, metrics))
+                pending.append((at, batch if loss_fn else None, metrics))
                 if len(pending) >= log_every:
                     flush()
         except _Interrupted:  # in an evaluation, which a resumed run does again
@@ -209,6 +222,18 @@ def _named(state: TrainState, bad: Any) -> str:
     names = [path for path, _ in tree.items(state.adapter.params)]
     found = [name for name, wrong in zip(names, bad, strict=True) if wrong]
     return f". Not finite: the gradients of {len(found)} of {len(names)} leaves, {listing(found)}"
+
+
+def _born(state: TrainState, loss_fn: LossFn, *args: Any) -> str:
+    """Where a forward pass goes bad."""
+    with_adapter = f"with the adapter of step {int(state.step)}"
+    try:
+        bad = first_bad(loss_fn, state.adapter, *args)
+    except Exception as e:  # what stopped the run is what is to be said
+        return f". Which module was first is not known: {type(e).__name__}: {str(e)[:200]}"
+    if bad is None:
+        return f". The forward pass, {with_adapter}, is finite: the backward pass is not"
+    return f". First not finite, {with_adapter}: {bad}"
 
 
 def _taken_away(at: int) -> bool:

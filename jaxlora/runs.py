@@ -102,10 +102,20 @@ class Run:
         return self.folder / LAST
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends metrics of a step to `metrics.jsonl` and to the TensorBoard events."""
+        """Appends metrics of a step to `metrics.jsonl` and to the TensorBoard events.
+
+        Raises:
+          RunError: there is no room, or it may not be written.
+        """
         row = {"step": step} | {name: float(value) for name, value in metrics.items()}
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise RunError(
+                f"{self.folder / METRICS} could not be written: {e}. Make room; the run can be "
+                "resumed then."
+            ) from e
         if self._writer is None:
             board = optional("tensorboardX", "TensorBoard events", "train")
             self._writer = board.SummaryWriter(

@@ -272,8 +272,8 @@ def attempt(form: Form, files: Files, folder: Path) -> str:
         faulthandler.cancel_dump_traceback_later()
 
 
-def main(count: int, seed: int) -> None:
-    """Runs `count` inputs and prints what came of them; a finding ends in an error."""
+def main(count: int, seed: int, part: int = 0, parts: int = 1) -> None:
+    """Runs a part of `count` inputs and prints what came of them; a finding ends in an error."""
 
     def slow(*_: Any) -> None:
         raise Slow(f"more than {SECONDS} s")
@@ -292,7 +292,7 @@ def main(count: int, seed: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         sys.addaudithook(audit)
         weights = [form.weight for form in all_forms.values()]
-        for n in range(count):
+        for n in range(part, count, parts):
             draw = random.Random(f"{seed}/{n}")
             (name,) = draw.choices(list(all_forms), weights)
             form, folder = all_forms[name], root / "input"
@@ -310,7 +310,7 @@ def main(count: int, seed: int) -> None:
             results.setdefault(name, Counter())[result] += 1
             shutil.rmtree(folder, ignore_errors=True)
     found = {name: dict(counter) for name, counter in sorted(results.items())}
-    print(json.dumps({"inputs": count, "results": found, "findings": dict(findings)}))
+    print(json.dumps({"results": found, "findings": dict(findings)}))
     sys.stdout.flush()
     os._exit(bool(findings))
 

@@ -135,6 +135,11 @@ def test_debug_nans_finds_the_operation():
         good(state_of(optax.sgd(0.1)), BASE, X)
 
 
+def test_a_whole_run_is_clean_under_debug_nans(tmp_path):
+    with jax.debug_nans(True):
+        assert not train(tmp_path / "run").stopped
+
+
 def test_a_policy_that_there_is_not():
     policy: object = "ignore"
     with pytest.raises(ConfigError, match="on_bad_step is 'ignore', expected 'stop', 'skip'"):

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import floor, growth, inference, report, results, step
+from benchmarks import floor, growth, inference, memory, merging, report, results, step
 from benchmarks.decoder import Shape
 from benchmarks.measuring import Times, in_turn
 from benchmarks.ways import WAYS, Lora, fits
+from jaxlora import models
 
 # Qwix still asks Flax for a name that is gone.
 pytestmark = pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
@@ -98,6 +99,41 @@ def test_the_scripts_write_results_and_the_page_shows_them(tmp_path):
     assert sections == ["## Training step", "## Inference", "## Growth"]
     assert "![growth-layers](plots/growth-layers.svg)" in text
     assert "| full | 1.00 |" in text
+
+
+def test_merges_and_files_are_compared_with_copies(tmp_path, capsys):
+    sizes = "--layers 2 --width 8 --ranks 2 --rounds 1"
+    merging.main([*sizes.split(), "--out", f"{tmp_path}/merging.json"])
+    merges, files = json.loads((tmp_path / "merging.json").read_text())["tables"]
+    assert [row[0] for row in merges["rows"]][::4] == ["copy", merging.IN_PLACE]
+    assert merges["rows"][0][1] == 1
+    leaves = 2 * (8 * 2 + 2 * 8) * 4
+    sizes = {row[0]: row[3] * 1e6 for row in files["rows"]}
+    header = 8 + 1024  # safetensors: its length, and the names
+    assert leaves < sizes["save its leaves, safetensors"] < leaves + header
+    assert 2 * 8 * 8 * 4 < sizes["save the merged model, safetensors"] < 2 * 8 * 8 * 4 + header
+
+
+def test_the_bytes_of_training_are_those_of_the_shapes():
+    config = models.GPT2Config(vocab_size=32, n_embd=8, n_layer=2, n_head=2, n_positions=16)
+    lora = memory.CASES["gpt2-medium"].lora
+    case = memory.Case(config, models.GPT2LMHeadModel, 2, 16, lora, half=True)
+    rows = memory.measure("tiny", case)
+    found = [dict(zip(memory.COLUMNS, row, strict=True)) for row in rows]
+    assert [row["way"] for row in found] == ["full", "full, all in bfloat16", "LoRA"]
+    kernels, biases, norms = 12 * 8 * 8, 9 * 8, 4 * 8
+    base = 2 * (kernels + biases + norms) + (32 + 16 + 2) * 8
+    adapter = 2 * 2 * (4 * 8 + 8 * 4)  # layers, q and v, A and B of rank 4
+    full, half, own = found
+    assert full["trained parameters"] == half["trained parameters"] == base
+    assert own["trained parameters"] == adapter
+    moments = 2 * adapter * 4 + 4  # and the count of steps
+    assert own["held GB"] * 1e9 == pytest.approx(2 * base + 4 * adapter + moments)
+    assert full["held GB"] * 1e9 == pytest.approx(3 * 4 * base + 4)
+    assert own["checkpoint MB"] * 1e6 == pytest.approx(4 * adapter)
+    for row in found:
+        parts = row["held GB"] + row["gradients GB"] + row["activations GB"]
+        assert parts == pytest.approx(row["peak GB"])
 
 
 def test_a_page_of_one_table_and_one_of_another_machine_are_sections(tmp_path):

@@ -3,6 +3,7 @@
 `FAULTS=200` kills that many times; the ordinary tests do it a few times.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -26,6 +27,13 @@ from tests.test_fit import whole as whole  # a fixture
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("FAULTS", "2"))
+PARTS = 1 + KILLS // 20  # tests that share them
+
+
+def share(part):
+    """How many of the kills are those of one test, and what draws their moments."""
+    draw = random.Random(f"{os.environ.get('FAULTS_SEED', '0')}/{part}")
+    return len(range(part, KILLS, PARTS)), draw
 
 
 def files_of(folder):
@@ -189,22 +197,53 @@ print(load_state(path, fresh())[1])
 """
 
 
+@contextlib.contextmanager
+def tmpfs(folder, size):
+    """A file system of its own, or the test is skipped."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_run_on_a_full_disk_is_an_error_and_goes_on_when_there_is_room(whole, tmp_path):
+    def step(state, variables, batch):
+        state, metrics = STEP(state, variables, batch)
+        if int(state.step) == 7:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 4096)
+        return state, metrics
+
+    expected, folder = whole
+    with tmpfs(tmp_path, "4m"):
+        run, filler = tmp_path / "run", tmp_path / "filler"
+        with pytest.raises(CheckpointError, match=r"could not be saved.*No space left on device"):
+            train(run, step=step)
+        assert int(load_state(run / "last", fresh())[0].step) in (0, 4)  # 4 may be under way
+        filler.unlink()
+        assert_equal(train(run, resume=True).state, expected.state)
+        metrics = "metrics.jsonl"
+        assert (run / metrics).read_bytes() == (folder / metrics).read_bytes()
+
+
+def test_a_log_without_room_is_named(tmp_path):
+    run = Run(tmp_path / "run")
+    (run.folder / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"metrics\.jsonl could not be written: .*No space left"):
+        run.log(1, {"loss": 1.0})
+
+
 @pytest.mark.parametrize("kind", ["disk", "limit", "read-only"])
 def test_a_folder_that_is_full_or_read_only_is_an_error_and_what_is_there_stays(kind, tmp_path):
-    mounted = False
-    if kind != "limit":
-        command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(tmp_path)]
-        mounted = os.geteuid() == 0 and not subprocess.run(command, capture_output=True).returncode
-        if not mounted:
-            pytest.skip("no file system may be mounted here")
-    try:
+    with contextlib.nullcontext() if kind == "limit" else tmpfs(tmp_path, "1m"):
         command = [sys.executable, "-c", FULL, str(tmp_path), kind]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         assert run.stdout == "refused\n{'good': True}\n"
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 KILLED = """
@@ -220,11 +259,12 @@ train(folder, resume=begun, save_every=0.0, keep=3)
 """
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_the_one_never_killed(whole, tmp_path):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_run_that_is_killed_again_and_again_ends_as_the_one_never_killed(part, whole, tmp_path):
     expected, folder = whole
-    draw = random.Random(int(os.environ.get("FAULTS_SEED", "0")))
+    kills, draw = share(part)
     run, killed, runs = tmp_path / "run", 0, 0
-    while killed < KILLS:
+    while killed < kills:
         runs += 1
         command = [sys.executable, "-c", KILLED, str(run)]
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -238,7 +278,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_one_never_killed(whole
             killed += 1
         said = child.communicate()[1]
         assert child.returncode in (0, -signal.SIGKILL), said.decode()
-        assert runs < 4 * KILLS + 4
+        assert runs < 4 * kills + 4
         if child.returncode == 0 or not killed:
             ended(run, expected.state)
             shutil.rmtree(run)
@@ -266,9 +306,10 @@ for n in itertools.count(1):
 """
 
 
-def test_saves_that_are_killed_lose_nothing_that_was_saved(tmp_path):
-    draw = random.Random(int(os.environ.get("FAULTS_SEED", "0")))
-    for _ in range(KILLS):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_saves_that_are_killed_lose_nothing_that_was_saved(part, tmp_path):
+    kills, draw = share(part)
+    for _ in range(kills):
         command = [sys.executable, "-c", SAVER, str(tmp_path)]
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert child.stdout

@@ -29,6 +29,7 @@ ORDER = [
     "dora",
     "fold",
     "apply",
+    "finite",
     "sampling",
     "decode",
     "beam",
@@ -124,7 +125,7 @@ def test_importing_jaxlora_imports_no_optional_dependency_and_says_nothing():
 @pytest.mark.parametrize("name", ["__init__", *ORDER])
 def test_the_core_imports_only_what_it_requires(name):
     outside = {n.split(".")[0] for n in imported_names(name)} - set(sys.stdlib_module_names)
-    assert outside <= {"jaxlora", "jax", "flax", "optax", "orbax", "numpy", "etils"}
+    assert outside <= {"jaxlora", "jax", "flax", "optax", "orbax", "tensorstore", "numpy", "etils"}
 
 
 PUBLIC = {name: value for name, value in vars(jaxlora).items() if not name.startswith("_")}

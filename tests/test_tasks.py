@@ -84,6 +84,19 @@ def test_a_run_trains_and_comes_back_with_its_adapter(name, settings, tmp_path):
     assert min(losses[1:]) < losses[0]
 
 
+def test_a_run_that_goes_bad_stops_before_its_adapter_does_and_names_the_module(settings, tmp_path):
+    run = tmp_path / "run"
+    task = dataclasses.replace(settings["classify"], out=str(run), learning_rate=1e30, warmup=0.0)
+    match = (
+        r"The loss of step 2 is nan.*28 of 28 leaves, .*First not finite, with the adapter of step "
+        r"4: the output of bert/encoder/layer_0/attention/query \(its inputs are finite\)"
+    )
+    with pytest.raises(RunError, match=match):
+        train(task, quiet=True, say=lambda _: None)
+    kept = load_run(run, "last").adapter
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept))
+
+
 def test_classes_of_the_data_are_kept_with_the_run(settings):
     filled = settings["classify"].filled()
     assert filled.classes == ("no", "yes")

@@ -83,7 +83,7 @@ def train(
         made = state_shardings(tx, adapter_shardings(adapter.spec, params, mesh))
         state = jax.device_put(state, made)
         loss, place = rows_stay(loss, mesh), placing(mesh, made)
-    step = make_train_step(loss, tx, shardings=made)
+    step = make_train_step(loss, tx, shardings=made, on_bad_step="stop")
     say(summary(params, adapter))
     say(
         f"{len(problem.train):,} training and {len(problem.valid):,} validation examples, "
@@ -106,6 +106,7 @@ def train(
         schedule=schedule,
         resume=resume,
         quiet=quiet,
+        loss_fn=loss,
     )
     if result.stopped:
         say(f"stopped at step {int(result.state.step)} of {steps}; resume goes on from there")
