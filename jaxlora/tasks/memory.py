@@ -26,7 +26,7 @@ from jaxlora.train import TrainState, make_train_step
 _ON_CPU = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 """XLA for CPU makes float32 of bfloat16 kernels, and would do so for all layers before the loop
 over them: accelerators have no such copy of the base."""
-_ELSEWHERE = "apart"
+_ELSEWHERE = "plain"
 """How the axes of tokens are taken where the program is for other devices than the default one."""
 
 
