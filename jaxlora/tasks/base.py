@@ -156,13 +156,21 @@ def pretrained(name: str, **options: Any) -> Any:
       ConfigError: the name is that of data.
       CheckpointError: there is no such model.
     """
-    source: str | Path = name
-    if name in ASSETS and not Path(name).exists():
-        if name == "reviews":
-            raise ConfigError("Model is 'reviews', which is data, expected a model.")
-        folder = fetch(name)
-        source = next(iter(sorted(folder.glob("*.gguf"))), folder)
-    return models.from_pretrained(source, **options)
+    return models.from_pretrained(source_of(name), **options)
+
+
+def source_of(name: str) -> str | Path:
+    """What of a model `from_pretrained` opens: a name of `jaxlora fetch` is fetched.
+
+    Raises:
+      ConfigError: the name is that of data.
+    """
+    if name not in ASSETS or Path(name).exists():
+        return name
+    if name == "reviews":
+        raise ConfigError("Model is 'reviews', which is data, expected a model.")
+    folder = fetch(name)
+    return next(iter(sorted(folder.glob("*.gguf"))), folder)
 
 
 def adapter_config(settings: Settings, params: Any, head: Sequence[str] = ()) -> LoraConfig:

@@ -29,6 +29,8 @@ from jaxlora.tasks.base import (
 
 REVIEWS = ("movie", "amazon", "tweets", "nyt")
 """The names of data that `jaxlora.datasets.load_reviews` brings."""
+HEADS = ("classifier", "pooler", "score")
+"""The modules of a head, which are trained in full."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,19 +109,14 @@ class Classify(Settings):
             sets.append(examples)
             cut += shortened
 
-        def loss(adapter: Any, variables: Any, batch: Any, key: jax.Array) -> jax.Array:
-            kwargs = {"rngs": {"dropout": key}, "deterministic": False}
-            logits = logits_of(model, adapter, variables, batch, **kwargs)
-            return class_loss(logits, batch, self.label_smoothing)
-
         pad = {"input_ids": tokenizer.pad_token_id or 0}
         return Problem(
             train=sets[0],
             valid=sets[1],
             pad=pad,
-            config=adapter_config(self, params, ("classifier", "pooler", "score")),
+            config=adapter_config(self, params, HEADS),
             inputs=(jax.ShapeDtypeStruct((1, 8), jnp.int32),),
-            loss=loss,
+            loss=make_loss(model, self.label_smoothing),
             evaluate=lambda adapter, variables, examples: score(
                 model, adapter, variables, examples, pad
             )[0],
@@ -202,6 +199,17 @@ def class_loss(logits: jax.Array, batch: Any, label_smoothing: float = 0.0) -> j
     targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
     losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
     return jnp.sum(losses * batch["weight"]) / jnp.sum(batch["weight"])
+
+
+def make_loss(model: Any, label_smoothing: float) -> Any:
+    """`(adapter, variables, batch, key) -> mean loss of the rows that are real`."""
+
+    def loss(adapter: Any, variables: Any, batch: Any, key: jax.Array) -> jax.Array:
+        kwargs = {"rngs": {"dropout": key}, "deterministic": False}
+        logits = logits_of(model, adapter, variables, batch, **kwargs)
+        return class_loss(logits, batch, label_smoothing)
+
+    return loss
 
 
 @functools.partial(jax.jit, static_argnums=0)
