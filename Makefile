@@ -6,9 +6,10 @@ GEMMA := .venv-gemma
 TF4 := .venv-tf4
 OLDEST := .venv-oldest
 AUDIT := .venv-audit
+TPU := .venv-tpu
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-long test-interop test-oldest test-gemma test-transformers4 lint bench bench-torch bench-collectives bench-quality audit clean
+.PHONY: help install demo test test-long test-interop test-oldest test-gemma test-transformers4 lint bench bench-torch bench-tpu bench-collectives bench-quality audit clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,7 +25,7 @@ test: $(VENV)/.dev ## lint, type-check and run all the tests
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2
 
-test-long: $(VENV)/.dev ## 100,000 broken files, 200 kills of runs and of saves (hours)
+test-long: $(VENV)/.dev ## 100,000 broken files, 200 kills of runs and of saves (about an hour)
 	FUZZ=100000 FUZZ_SEED=$${SEED:-1} FAULTS=200 $(BIN)/python -m pytest -n 2 --dist worksteal \
 	  tests/test_fuzz.py tests/test_faults.py
 
@@ -61,6 +62,11 @@ bench-torch: $(VENV)/.dev $(TORCH)/.installed ## the training step in torch and 
 	$(TORCH)/bin/python -m benchmarks.step_torch
 	$(BIN)/python -m benchmarks.report
 
+bench-tpu: $(TPU)/.installed ## what a TPU's compiler makes of a step, without a TPU, and BENCHMARKS.md again (10 minutes)
+	$(TPU)/bin/python -m benchmarks.tpu
+	$(TPU)/bin/python -m benchmarks.collectives --topology v5e:2x4
+	$(TPU)/bin/python -m benchmarks.report
+
 bench-collectives: $(VENV)/.dev ## what a step on a mesh sends, from its HLO
 	$(BIN)/python -m benchmarks.collectives
 
@@ -76,7 +82,7 @@ audit: $(VENV)/.dev ## known weaknesses of what is installed
 	  { echo "audit: a weakness above, or a package that $(or $(SERVICE),pypi) could not be asked about: not a pass (or SERVICE=osv)"; exit 1; }
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) $(TORCH) $(GEMMA) $(TF4) $(OLDEST) $(AUDIT) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TORCH) $(GEMMA) $(TF4) $(OLDEST) $(AUDIT) $(TPU) .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -114,6 +120,11 @@ $(GEMMA)/.installed:
 $(TF4)/.installed:
 	$(PYTHON) -m venv $(TF4)
 	$(TF4)/bin/python -m pip install -q --disable-pip-version-check -e . pytest transformers==4.57.6
+	touch $@
+
+$(TPU)/.installed:
+	$(PYTHON) -m venv $(TPU)
+	$(TPU)/bin/python -m pip install -q --disable-pip-version-check -e '.[train,bench,topology]'
 	touch $@
 
 $(OLDEST)/.installed:

@@ -1,12 +1,14 @@
 """The bytes that devices exchange in a step: the base alone, and with an adapter.
 
     python -m benchmarks.collectives
+    python -m benchmarks.collectives --topology v5e:2x4  # by a TPU's compiler: needs libtpu
 
 The base alone is its forward pass and the gradient of its input, without which no adapter of a
 first layer trains. Nothing runs: the compiled programs are read, of a Llama whose layers are not
-scanned, on 8 devices that are parts of a CPU.
+scanned, on 8 devices that are parts of a CPU, or of a TPU that need not be there.
 """
 
+import argparse
 import contextlib
 import re
 from typing import Any
@@ -16,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxlora as jl
@@ -24,18 +26,31 @@ from jaxlora import tree
 from jaxlora.models.architectures import architecture
 from jaxlora.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxlora.models.sharding import default_specs
+from jaxlora.tasks.mesh import mesh_sizes
+from jaxlora.tasks.topology import mesh_on, topology_devices
+from jaxlora.tokens import token_axes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 Found = dict[str, tuple[int, int]]
 """{kind: (how many, bytes of their results on one device)}."""
-_OPERATION = re.compile(rf" = (\(.*?\)|\S+) ({'|'.join(KINDS)})(?:-start)?\(")
+_OPERATION = re.compile(
+    rf" = (\(.*?\)|\S+) ({'|'.join(KINDS)})(?:-start)?\((?:.*?channel_id=(\d+))?"
+)
 _PART = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
 
 
 def collectives(text: str) -> Found:
-    """The collectives of `compiled.as_text()`, in which no loop is."""
+    """The collectives of `compiled.as_text()`, in which no loop is.
+
+    A TPU's compiler shows a collective in each of the fusions that it runs beside: those of one
+    channel are one.
+    """
     found: Found = dict.fromkeys(KINDS, (0, 0))
-    for types, kind in _OPERATION.findall(text):
+    seen = set()
+    for types, kind, channel in _OPERATION.findall(text):
+        if channel and (kind, channel) in seen:
+            continue
+        seen.add((kind, channel))
         size = sum(
             int(bits) // 8 * int(np.prod([int(n) for n in shape.split(",") if n]))
             for _, bits, shape in _PART.findall(types)
@@ -117,17 +132,23 @@ def _zeros(spec: jl.Spec) -> jl.Adapter:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.abstract())
 
 
-def main() -> None:
-    """Print the table."""
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", help="a TPU slice of 8 devices, such as v5e:2x4")
+    topology = parser.parse_args(arguments).topology
     jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_platforms", "cpu")
+    devices = jax.devices() if topology is None else topology_devices(topology)
     print("| mesh | kind | base alone | with the adapter | without `rows_over` |")
     print("|---|---|---|---|---|")
-    for sizes in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]:
-        names = ("data", "fsdp", "tensor")
-        mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3)
-        base, lora, adapter = measured(mesh, width=512, rank=8, length=128)
-        free = measured(mesh, width=512, rank=8, length=128, rows_stay=False)[1]
-        name = " x ".join(f"{n} {size}" for n, size in zip(names, sizes, strict=True) if size > 1)
+    for text in ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"):
+        mesh = mesh_on(mesh_sizes(text), devices)
+        with token_axes("auto" if topology is None else "plain"):
+            base, lora, adapter = measured(mesh, width=512, rank=8, length=128)
+            free = measured(mesh, width=512, rank=8, length=128, rows_stay=False)[1]
+        name = text.replace("=", " ").replace(",", " x ")
         for kind in KINDS:
             if base[kind][0] or lora[kind][0] or free[kind][0]:
                 cells = [f"{x[kind][0]}: {x[kind][1] / 1e3:,.0f} KB" for x in (base, lora, free)]

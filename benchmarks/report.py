@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.results import cell
 
-ORDER = ("step", "step_torch", "inference", "merging", "memory", "growth")
+ORDER = ("step", "step_torch", "tpu", "inference", "merging", "memory", "growth")
 INTRODUCTION = """# Benchmarks
 
 Made by `make bench`; not edited by hand. All ways of a table run in turn within one process and

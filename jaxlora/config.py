@@ -166,6 +166,9 @@ class LoraConfig:
         return cls.from_dict(fields)
 
 
+_LARGEST_RANK = 2**31 - 1
+
+
 def matches(pattern: str, path: str) -> bool:
     """Whether `pattern` matches the end of `path` in full, starting at a `/` or at the start."""
     return re.fullmatch(f"(?:.*/)?(?:{pattern})", path) is not None
@@ -178,8 +181,11 @@ def covers(pattern: str, path: str) -> bool:
 
 
 def _rank(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+    number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not number or value < 1:
         raise ConfigError(f"{name} is {value!r}, expected an integer of at least 1.")
+    if value > _LARGEST_RANK:  # JSON has integers beyond every float
+        raise ConfigError(f"{name} has {len(str(value))} digits, expected at most {_LARGEST_RANK}.")
     return int(value)
 
 

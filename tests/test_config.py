@@ -258,3 +258,8 @@ def test_a_pattern_matches_the_end_of_a_path_in_full(pattern, path, matched):
 )
 def test_a_pattern_covers_all_in_the_scope_it_matches(pattern, path, covered):
     assert covers(pattern, path) is covered
+
+
+def test_a_rank_beyond_every_float_is_an_error():
+    with pytest.raises(ConfigError, match="rank has 401 digits, expected at most 2147483647"):
+        LoraConfig(rank=10**400)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import qwix
 
 import jaxlora as jl
 from jaxlora import tree
@@ -45,6 +46,18 @@ def quantized(name, qtype="nf4", **options):
     variables, adapter = fresh(case)
     params = jl.quantize(variables["params"], adapter.spec, qtype, **options)
     return case, {**variables, "params": params}, adapter
+
+
+def test_nf4_values_are_those_of_the_paper_without_a_lookup():
+    """A gather would keep a TPU from dequantizing tile by tile: 30 times the bytes (v5e)."""
+    kernel, x = jax.random.normal(jax.random.key(0), (256, 512)), jnp.ones((2, 256))
+    model = nn.Dense(512, use_bias=False)
+    spec = jl.plan(model, {"params": {"kernel": kernel}}, jl.LoraConfig(), x).spec
+    box = jl.quantize({"kernel": kernel}, spec, "nf4", double=False)["kernel"]
+    looked_up = qwix.QArray(box.codes, box.scale, None, "nf4")
+    np.testing.assert_array_equal(box.unbox(), qwix.dequantize(looked_up))
+    assert "gather" in str(jax.make_jaxpr(qwix.dequantize)(looked_up))
+    assert "gather" not in str(jax.make_jaxpr(Quantized.unbox)(box))
 
 
 @every_qtype
