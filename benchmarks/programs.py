@@ -88,8 +88,9 @@ def program(fn: Callable[..., Any], *args: Any, carried: int = 0) -> Program:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
         )
-    tracing = []
-    for _ in range(TRACES):
+    tracing: list[float] = []
+    lowered: Any = None
+    while len(tracing) < TRACES:
         jax.clear_caches()  # so that no way is traced with what another left behind
         start = time.perf_counter()
         lowered = jax.jit(fn, donate_argnums=tuple(range(carried))).lower(*shapes)
