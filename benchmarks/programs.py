@@ -90,7 +90,7 @@ def program(fn: Callable[..., Any], *args: Any, carried: int = 0) -> Program:
         )
     tracing: list[float] = []
     lowered: Any = None
-    while len(tracing) < TRACES:
+    for _ in range(TRACES):
         jax.clear_caches()  # so that no way is traced with what another left behind
         start = time.perf_counter()
         lowered = jax.jit(fn, donate_argnums=tuple(range(carried))).lower(*shapes)

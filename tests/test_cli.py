@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -25,7 +26,7 @@ from jaxlora.cli.main import COMMANDS
 from jaxlora.cli.options import fields_of, parse
 from jaxlora.cli.speakers import Speakers
 from jaxlora.errors import CheckpointError, ConfigError, DataError
-from jaxlora.interop import safetensors, torch_zip, vllm
+from jaxlora.interop import peft, safetensors, torch_zip, vllm
 from jaxlora.tasks import TASKS, load_run
 from tests import tiny
 
@@ -59,11 +60,15 @@ def films(root):
 
 @pytest.fixture(scope="module")
 def persona(root):
-    flags = ["--model", root / "causal", "--data", root / "talk.jsonl", "--max-length", 48]
-    flags += ["--epochs", 6, "--batch-size", 2, "--rank", 2, "--learning-rate", 0.05]
-    flags += ["--valid", root / "talk.jsonl"]
-    assert run("train", "chat", *flags, "--out", root / "persona", "--quiet") == 0
+    assert train_chat(root, root / "persona", "--epochs", 6) == 0
     return root / "persona"
+
+
+def train_chat(root, out, *more):
+    flags = ["--model", root / "causal", "--data", root / "talk.jsonl", "--max-length", 48]
+    flags += ["--batch-size", 2, "--rank", 2, "--learning-rate", 0.05]
+    flags += ["--valid", root / "talk.jsonl", "--out", out, "--quiet"]
+    return run("train", "chat", *flags, *more)
 
 
 def test_help_names_every_command_and_task(capsys):
@@ -272,6 +277,33 @@ def test_generate_is_that_of_the_library(root, persona, capsys):
     assert texts[1] == texts[2] != texts[0]
     assert run("generate", persona, *flags) == 0
     assert capsys.readouterr().out == texts[1]
+
+
+def test_a_run_of_layers_in_a_loop_on_a_half_base_speaks_merges_and_converts(
+    root, tmp_path, capsys
+):
+    out, half = tmp_path / "run", ["--dtype", "bfloat16", "--param-dtype", "bfloat16"]
+    assert train_chat(root, out, "--scan-layers", "--remat", "all", *half) == 0
+    trained = load_run(out)
+    assert {len(site.layout.axes("s")) for site in trained.adapter.spec.sites} == {1}
+    assert {x.dtype for _, x in tree.items(trained.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert trained.model.config.remat is True
+    flags = ["--prompt", "the Mill", "--max-new-tokens", 4]
+    texts = []
+    capsys.readouterr()
+    for model in ([out], [root / "causal", "--adapter", out]):
+        assert run("generate", *model, *flags) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert run("merge", out, "--out", tmp_path / "merged") == 0
+    assert run("convert", out, tmp_path / "peft", "--to", "peft") == 0
+    model, params, _ = models.from_pretrained(root / "causal", head="lm")
+    unrolled = peft.load(tmp_path / "peft", model, {"params": params})
+    merged = models.from_pretrained(tmp_path / "merged", head="lm").params
+    for (path, x), (_, y) in zip(
+        tree.items(jl.merge(params, unrolled)), tree.items(merged), strict=True
+    ):
+        np.testing.assert_allclose(x, y, 2e-2, 2e-2, err_msg=path)
 
 
 def test_chat_switches_merges_and_leaves(root, persona, capsys):

@@ -10,4 +10,5 @@ resume= distributed=
 if [ -d "$RUN/last" ]; then resume=--resume; fi
 if [ "$HOSTS" -gt 1 ]; then distributed=--distributed; fi
 exec jaxlora train chat --model "$MODEL" --data "$DATA" --out "$RUN" --mesh "$MESH" \
-  --batch-size "$BATCH" --dtype bfloat16 --quiet $distributed $resume
+  --batch-size "$BATCH" --dtype bfloat16 --param-dtype bfloat16 --remat all --scan-layers \
+  --quiet $distributed $resume

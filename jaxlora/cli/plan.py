@@ -16,7 +16,7 @@ from jaxlora.cli.options import parse, positional
 from jaxlora.errors import ConfigError, TooLargeError
 from jaxlora.models.architectures import architecture
 from jaxlora.models.shapes import SHAPES, config_of, from_config
-from jaxlora.tasks.base import Settings, adapter_config, source_of
+from jaxlora.tasks.base import Remat, Settings, adapter_config, remat_of, source_of
 from jaxlora.tasks.classify import HEADS
 from jaxlora.tasks.memory import Memory, held_memory, step_memory
 from jaxlora.tasks.mesh import AXES, ROWS, mesh_sizes
@@ -65,7 +65,7 @@ class Plan:
     """Dtype that the model computes in."""
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the base's params."""
-    remat: Literal["all", "dots", "lora", "none"] = "all"
+    remat: Remat = "all"
     """What is computed again in the backward pass: all of a layer, or all but its products."""
 
 
@@ -82,7 +82,6 @@ class _Case:
         """(model, params, config), with some of the options changed."""
         o = dataclasses.replace(self.options, **changes)
         heads = architecture(self.fields.get("model_type")).heads
-        remat = {"all": True, "none": False}.get(o.remat, o.remat)
         model, params = from_config(
             self.fields,
             head=o.head or ("lm" if "lm" in heads else "classification"),
@@ -90,7 +89,7 @@ class _Case:
             dtype=jnp.dtype(o.dtype),
             param_dtype=jnp.dtype(o.param_dtype),
             scan_layers=True,
-            remat=remat,
+            remat=remat_of(o.remat),
         )
         settings = Settings(rank=o.rank, targets=o.targets, dropout=o.dropout, dora=o.dora)
         head = () if type(model) is heads.get("lm") else HEADS

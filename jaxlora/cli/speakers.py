@@ -16,6 +16,7 @@ from jaxlora.merge import merge
 from jaxlora.sampling import Sampling
 from jaxlora.tasks import load_run
 from jaxlora.tasks.base import load_model
+from jaxlora.tasks.launch import read_settings
 
 BASE = "base"
 """The name of the model without an adapter."""
@@ -47,20 +48,23 @@ class Speakers:
 
         Args:
           source: a run's folder, or a model as `load_model` takes it.
-          adapters: `FOLDER` or `NAME=FOLDER` each: a run or a checkpoint. The last one speaks.
+          adapters: `FOLDER` or `NAME=FOLDER` each: a run or a checkpoint. The last one speaks, and
+            the model computes as it did in the last that is a run.
 
         Raises:
           LoraError: one cannot be loaded, or is of another base.
         """
         found = {}
+        given = [(name, folder) for name, _, folder in (a.rpartition("=") for a in adapters)]
         if (Path(source) / runs.CONFIG).is_file():
             trained = load_run(source)
             model, params, tokenizer = trained.model, trained.params, trained.tokenizer
             found[Path(source).name] = trained.adapter
         else:
-            model, params, tokenizer = load_model(source, head="lm")
-        for given in adapters:
-            name, _, folder = given.rpartition("=")
+            ran = [folder for _, folder in given if (Path(folder) / runs.CONFIG).is_file()]
+            how = read_settings(ran[-1]).of_model if ran else {}
+            model, params, tokenizer = load_model(source, head="lm", **how)
+        for name, folder in given:
             path = Path(folder)
             best = path / runs.BEST
             adapter = load_adapter(best if best.is_dir() else path, params=params)

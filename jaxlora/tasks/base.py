@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -15,6 +16,13 @@ from jaxlora.config import ALL_LINEAR, LoraConfig
 from jaxlora.errors import ConfigError, DataError
 from jaxlora.fetch import ASSETS, fetch
 from jaxlora.tasks.mesh import mesh_of
+
+Remat = Literal["none", "all", "dots", "lora"]
+
+
+def remat_of(word: Remat) -> bool | str:
+    """What `ModelConfig.remat` has for the word of a setting."""
+    return {"none": False, "all": True}.get(word, word)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +81,26 @@ class Settings:
     """Steps between writes of the log."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype that the model computes in."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the base's params."""
+    remat: Remat = "none"
+    """What is computed again in the backward pass: all of a layer, or all but its products."""
+    scan_layers: bool = False
+    """Run the layers in a loop: one is compiled, however many there are."""
     mesh: str | None = None
     """Devices by the axes data, fsdp and tensor: data=2,fsdp=2,tensor=2. By default one device."""
     seed: int = 0
     """Seed of the factors, fresh heads, the order and the dropout."""
+
+    @property
+    def of_model(self) -> dict[str, Any]:
+        """What `from_pretrained` is told of how the model computes."""
+        return {
+            "dtype": jnp.dtype(self.dtype),
+            "param_dtype": jnp.dtype(self.param_dtype),
+            "remat": remat_of(self.remat),
+            "scan_layers": self.scan_layers,
+        }
 
     def filled(self) -> "Settings":
         """The settings with what the data tells, such as the classes."""

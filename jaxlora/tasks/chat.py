@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxlora.batches import Example, pack
 from jaxlora.errors import ConfigError, DataError
 from jaxlora.rows import Row, read_rows
@@ -64,7 +62,7 @@ class Chat(Settings):
 
     def load(self) -> Any:
         """The causal model."""
-        return load_model(self.model, self.mesh, head="lm", dtype=jnp.dtype(self.dtype))
+        return load_model(self.model, self.mesh, head="lm", **self.of_model)
 
     def problem(self, pretrained: Any) -> Problem:
         """The dialogues as tokens, the loss of the answers, and its perplexity."""

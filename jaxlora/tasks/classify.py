@@ -95,7 +95,7 @@ class Classify(Settings):
             head="classification",
             num_labels=len(self.classes),
             key=jax.random.key(self.seed),
-            dtype=jnp.dtype(self.dtype),
+            **self.of_model,
             **({} if pooling == "auto" else {"pooling": pooling}),
         )
 

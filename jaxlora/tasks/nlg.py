@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxlora.batches import Example
 from jaxlora.errors import ConfigError, optional
 from jaxlora.generate import generate
@@ -70,7 +68,7 @@ class Nlg(Settings):
 
     def load(self) -> Any:
         """The causal model."""
-        return load_model(self.model, self.mesh, head="lm", dtype=jnp.dtype(self.dtype))
+        return load_model(self.model, self.mesh, head="lm", **self.of_model)
 
     def problem(self, pretrained: Any) -> Problem:
         """The rows as tokens, the smoothed loss of the texts, and its perplexity."""
