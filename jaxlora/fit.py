@@ -3,15 +3,11 @@
 import contextlib
 import dataclasses
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from jaxlora import hosts, tree
 from jaxlora.batches import Batches, loader
@@ -20,6 +16,7 @@ from jaxlora.errors import ConfigError, RunError, listing, optional
 from jaxlora.finite import first_bad
 from jaxlora.runs import VALID, Run
 from jaxlora.saver import Saver, load_newest
+from jaxlora.stopping import Interrupted, signals, taken_away
 from jaxlora.train import LossFn, StepFn, TrainState
 
 _MOST_SKIPPED = 20  # steps in a row: then it is no single bad batch
@@ -187,7 +184,7 @@ def fit(
     with (
         run.locked(),
         Saver(params) as saver,
-        _signals() as stop,
+        signals() as stop,
         _bar(steps, at, quiet or not hosts.is_writer()) as show,
     ):
         try:
@@ -212,7 +209,7 @@ def fit(
                     save(saver)
                     saved = time.monotonic()
                 # Not before the first step: jax tells of a stop once more at the same step.
-                if at >= steps or stop.asked or (at > first and _taken_away(at)):
+                if at >= steps or stop.asked or (at > first and taken_away(at)):
                     break
                 batch = next(data)
                 state, metrics = step(state, variables, batch)
@@ -220,7 +217,7 @@ def fit(
                 pending.append((at, batch if loss_fn else None, metrics))
                 if len(pending) >= log_every:
                     flush()
-        except _Interrupted:  # in an evaluation, which a resumed run does again
+        except Interrupted:  # in an evaluation, which a resumed run does again
             pass
         flush()
         save(saver)
@@ -258,11 +255,6 @@ def _born(state: TrainState, loss_fn: LossFn, *args: Any) -> str:
     return f". First not finite, {with_adapter}: {bad}"
 
 
-def _taken_away(at: int) -> bool:
-    """Whether a process of several was told to leave, and all have come to the step to do so."""
-    return not hosts.alone() and multihost_utils.reached_preemption_sync_point(at)
-
-
 def _due(at: int, every: int, steps: int) -> bool:
     return at % every == 0 or at >= steps
 
@@ -277,60 +269,6 @@ def _better(scores: Mapping[str, float], metric: str, best: float | None, higher
     if not math.isfinite(score):
         return False
     return best is None or (score > best if higher else score < best)
-
-
-class _Interrupted(BaseException):
-    """A signal came while an evaluation ran."""
-
-
-class _Stop:
-    """Whether a signal asked to stop; `at_once` it interrupts what runs, twice it kills.
-
-    With several processes it is passed on as SIGTERM, which is jax's there: all are told, and agree
-    on the step after which to stop.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._again = False
-        self._at_once = False
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        if self.asked:
-            raise _Interrupted
-        self._at_once = True
-        try:
-            yield
-        finally:
-            self._at_once = False
-
-    def __call__(self, *_: Any) -> None:
-        again, self._again = self._again, True
-        if again:
-            raise KeyboardInterrupt
-        if not hosts.alone():
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-        self.asked = True
-        if self._at_once:
-            raise _Interrupted
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
-    names = ["SIGINT", "SIGUSR1", *(["SIGTERM"] if hosts.alone() else [])]
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

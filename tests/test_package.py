@@ -17,6 +17,7 @@ ROOT = Path(jaxlora.__file__).parent
 ORDER = [
     "errors",
     "hosts",
+    "stopping",
     "whole",
     "tree",
     "config",
