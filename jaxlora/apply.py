@@ -195,7 +195,7 @@ def adapted(factors: Factors, linear: Linear, y: Array, module: Any, calls: int)
         mask_key = _mask_key(factors, factors.key, module, calls)
         drop = functools.partial(dropped, mask_key, factors.dropout)
     core = {part: _core(site, part, leaf) for part, leaf in factors.leaves.items()}
-    found = [Term(sign, a, site.layout.spread(b)) for sign, a, b in terms(core)]
+    found = list(terms(core))
     low, *start = (branch(site, linear, term.a, term.b, y.dtype, drop) for term in found)
     for other in start:
         low = low - other
@@ -204,7 +204,8 @@ def adapted(factors: Factors, linear: Linear, y: Array, module: Any, calls: int)
     kernel, bias = (
         tree.unboxed(module.get_variable("params", name)) for name in (linear.param, linear.bias)
     )
-    a, b = joined(found, len(site.layout.axes("b")))
+    spread = [Term(term.sign, term.a, site.layout.spread(term.b)) for term in found]
+    a, b = joined(spread, len(site.layout.axes("b")))
     return dora.output(linear, site, y, low, dora.ratio(site, kernel, a, b, core["m"]), bias)
 
 

@@ -35,7 +35,7 @@ def branch(
       site: what is adapted.
       linear: the use: the equation and its input x.
       a: (*batch, rank, *contracted).
-      b: (*batch, rank, *outputs).
+      b: (*batch, rank, *outputs); of a fused kernel (*batch, rank, *outputs of one block).
       dtype: what to compute in: the dtype of the layer's output.
       drop: dropout of the input, done again in the backward pass: neither the mask nor what it
         leaves of the input is kept. (On CPU, XLA sees that the two are the same and keeps them.)
@@ -43,12 +43,16 @@ def branch(
     Returns:
       An array of the shape and dtype of the layer's output.
     """
+    a, b = a.astype(dtype), b.astype(dtype)
     if linear.run is not None:
-        return _by_running(site, linear, a.astype(dtype), b.astype(dtype), dtype, drop)
+        return _by_running(site, linear, a, site.layout.spread(b), dtype, drop)
     x, kernel, out = linear.letters()
     batch, inner, outer = (site.layout.letters(role, kernel) for role in "bio")
     rank = next(c for c in "rstuvwxyzRSTUVWXYZ" if c not in x + kernel + out)
-    a, b = a.astype(dtype), b.astype(dtype)
+    contracted = {c for c in x if c not in out}
+    plain = set(inner) == contracted and set(batch) <= set(x)
+    if linear.lookup or not plain:
+        b = site.layout.spread(b)
     if linear.lookup:
         low = jnp.take(a, linear.x.ravel(), axis=a.ndim - 1)
         low = jnp.moveaxis(low, -1, 0).reshape(*linear.x.shape, *a.shape[:-1])
@@ -56,7 +60,6 @@ def branch(
         return jnp.einsum(f"{x}{batch}{rank},{batch}{rank}{outer}->{out}", low, b)
 
     values = linear.x.astype(dtype)
-    contracted = {c for c in x if c not in out}
     if set(outer) == contracted:  # the transposed use of a tied table: B comes first
         a, b, inner, outer = b, a, outer, inner
     if set(inner) != contracted or not set(batch) <= set(x):
@@ -68,6 +71,7 @@ def branch(
     sizes = dict(zip(x, values.shape, strict=True))
     batch_shape, free_shape = ([sizes[c] for c in letters] for letters in (batch, free))
     outer_shape = b.shape[len(batch) + 1 :]
+    blocks = site.layout.blocks if plain else ()
     a = a.reshape(*a.shape[: len(batch) + 1], -1)
     b = b.reshape(*b.shape[: len(batch) + 1], -1)
 
@@ -77,9 +81,15 @@ def branch(
         return product(len(batch), "ri", linear.precision, values, a)
 
     low = checkpoint_name(_again(lower, drop)(values, a), LOW)
-    scaling = jnp.asarray(site.scaling, low.dtype)
-    high = product(len(batch), "ro", linear.precision, low * scaling, b)
-    high = high.reshape(*batch_shape, *free_shape, *outer_shape)
+    low = low * jnp.asarray(site.scaling, low.dtype)
+    count = max(1, sum(blocks))
+    of_blocks = (
+        product(len(batch), "ro", linear.precision, *pair).reshape(
+            *batch_shape, *free_shape, *outer_shape
+        )
+        for pair in zip(jnp.split(low, count, -1), jnp.split(b, count, len(batch)), strict=True)
+    )
+    high = site.layout.placed(of_blocks) if blocks else next(of_blocks)
     return _ordered(high, batch + free + outer, out)
 
 

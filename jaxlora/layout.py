@@ -19,6 +19,7 @@ same word, 2 and 1 are not. A factor with too few axes for the position gets sin
 import dataclasses
 import math
 import string
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -168,6 +169,14 @@ class KernelLayout:
         own = own.reshape(rows, *[1] * at, blocks, *[1] * after)
         apart = jnp.where(own, jnp.expand_dims(b, -after - 1), jnp.zeros((), b.dtype))
         return apart.reshape(*b.shape[: -len(outputs)], *self.sizes("o"))
+
+    def placed(self, parts: Iterable[Array]) -> Array:
+        """The outputs of a fused kernel from those of its adapted blocks, zero elsewhere."""
+        found = iter(parts)
+        placed = [next(found) if on else None for on in self.blocks]
+        like = next(x for x in placed if x is not None)
+        axis = self.axes("o").index(self.block_axis) - len(self.axes("o"))
+        return jnp.concatenate([jnp.zeros_like(like) if x is None else x for x in placed], axis)
 
     def delta(self, a: Array, b: Array, rank: int, dtype: Any = jnp.float32) -> Array:
         """The update of the whole kernel leaf, `sum over rank of A B`.
