@@ -54,7 +54,7 @@ lint: $(VENV)/.dev ## format and lint in place
 	$(BIN)/ruff format .
 	$(BIN)/pyright
 
-bench: $(VENV)/.dev ## time everything and make BENCHMARKS.md (about 15 minutes; a torch part: make bench-torch)
+bench: $(VENV)/.dev ## time everything and make BENCHMARKS.md (about 20 minutes; a torch part: make bench-torch)
 	for name in step inference merging memory growth; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.report
 

@@ -82,14 +82,16 @@ def branch(
 
     low = checkpoint_name(_again(lower, drop)(values, a), LOW)
     low = low * jnp.asarray(site.scaling, low.dtype)
-    count = max(1, sum(blocks))
-    of_blocks = (
-        product(len(batch), "ro", linear.precision, *pair).reshape(
-            *batch_shape, *free_shape, *outer_shape
-        )
-        for pair in zip(jnp.split(low, count, -1), jnp.split(b, count, len(batch)), strict=True)
-    )
-    high = site.layout.placed(of_blocks) if blocks else next(of_blocks)
+
+    def raised(low: Array, b: Array) -> Array:
+        high = product(len(batch), "ro", linear.precision, low, b)
+        return high.reshape(*batch_shape, *free_shape, *outer_shape)
+
+    if blocks:  # a product for each, and none with the zeros of the others
+        lows, bs = jnp.split(low, sum(blocks), -1), jnp.split(b, sum(blocks), len(batch))
+        high = site.layout.placed(map(raised, lows, bs))
+    else:
+        high = raised(low, b)
     return _ordered(high, batch + free + outer, out)
 
 

@@ -258,3 +258,19 @@ def test_merged_params_hold_no_more_than_the_base():
     variables, adapter = made(MODELS["unrolled"])
     merged = jl.merge(variables["params"], adapter)
     assert tree.size(merged) == tree.size(variables["params"])
+
+
+def test_a_fused_kernel_multiplies_no_zeros():
+    """q and v of a fused q, k, v: the kernel's products, and those of two adapters of WIDTH."""
+
+    class Fused(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3 * WIDTH, name="qkv")(nn.gelu(nn.Dense(WIDTH, name="first")(x)))
+
+    options: Any = {"targets": "qkv", "fused": {"qkv": (True, False, True)}}
+    found = total(dots(compiled(Fused(), **options).as_text() or ""))
+    base = 2 * TOKENS * WIDTH * (WIDTH + 3 * WIDTH)
+    factors = 2 * 2 * TOKENS * RANK * (WIDTH + WIDTH)  # forward: A and B of q and of v
+    back = factors + 2 * TOKENS * RANK * 2 * WIDTH  # their gradients, and that of A x
+    assert found == base + factors + back
