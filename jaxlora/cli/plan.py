@@ -31,7 +31,8 @@ class Plan:
     """Tell the memory that a training step needs on each device, and whether it fits.
 
     Nothing is loaded and no device is needed: the step of `jaxlora train`, its layers scanned, is
-    compiled for devices that are not there. The exit status is 0 if it fits, 1 if not.
+    compiled for devices that are not there. The exit status is 0 if it fits, 1 if not. To train as
+    the defaults plan: --scan-layers --remat all --dtype bfloat16 --param-dtype bfloat16.
 
     Example: jaxlora plan llama-3.1-70b --mesh fsdp=8 --fits 80
     """
