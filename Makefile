@@ -25,7 +25,7 @@ test: $(VENV)/.dev ## lint, type-check and run all the tests
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2
 
-test-long: $(VENV)/.dev ## 100,000 broken files, 200 kills of runs and of saves (about an hour)
+test-long: $(VENV)/.dev ## 100,000 broken files, 200 kills of runs and of saves (about 25 minutes)
 	FUZZ=100000 FUZZ_SEED=$${SEED:-1} FAULTS=200 $(BIN)/python -m pytest -n 2 --dist worksteal \
 	  tests/test_fuzz.py tests/test_faults.py
 
@@ -62,7 +62,7 @@ bench-torch: $(VENV)/.dev $(TORCH)/.installed ## the training step in torch and 
 	$(TORCH)/bin/python -m benchmarks.step_torch
 	$(BIN)/python -m benchmarks.report
 
-bench-tpu: $(TPU)/.installed ## what a TPU's compiler makes of a step, without a TPU, and BENCHMARKS.md again (10 minutes)
+bench-tpu: $(TPU)/.installed ## what a TPU's compiler makes of a step, without a TPU, and BENCHMARKS.md again (20 minutes)
 	$(TPU)/bin/python -m benchmarks.tpu
 	$(TPU)/bin/python -m benchmarks.collectives --topology v5e:2x4
 	$(TPU)/bin/python -m benchmarks.report

@@ -1,7 +1,7 @@
 """A LoRA training step as a TPU's own compiler sees it, ours and the peers', without a TPU.
 
     pip install 'jaxlora[topology]'
-    python -m benchmarks.tpu                 # a v5e, about 8 minutes on 2 cores
+    python -m benchmarks.tpu                 # a v5e, about 20 minutes on 2 cores
     python -m benchmarks.tpu --topology v6e:2x2 --cases "all r=8"
 
 Nothing runs: each step of the decoder of step.py is compiled for one chip, and the compiler's
