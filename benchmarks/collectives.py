@@ -23,12 +23,12 @@ from jax.sharding import PartitionSpec as P
 
 import jaxlora as jl
 from jaxlora import tree
+from jaxlora.backend import traced_for
 from jaxlora.models.architectures import architecture
 from jaxlora.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxlora.models.sharding import default_specs
 from jaxlora.tasks.mesh import mesh_sizes
 from jaxlora.tasks.topology import mesh_on, topology_devices
-from jaxlora.tokens import token_axes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 Found = dict[str, tuple[int, int]]
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("|---|---|---|---|---|")
     for text in ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"):
         mesh = mesh_on(mesh_sizes(text), devices)
-        with token_axes("auto" if topology is None else "plain"):
+        with traced_for(devices[0].platform):
             base, lora, adapter = measured(mesh, width=512, rank=8, length=128)
             free = measured(mesh, width=512, rank=8, length=128, rows_stay=False)[1]
         name = text.replace("=", " ").replace(",", " x ")

@@ -22,8 +22,8 @@ from benchmarks.measuring import progress
 from benchmarks.programs import Program, compiled_for
 from benchmarks.step import PEERS, TARGETS
 from benchmarks.ways import WAYS, Lora, fits
+from jaxlora.backend import traced_for
 from jaxlora.tasks.topology import topology_devices
-from jaxlora.tokens import token_axes
 
 CASES: dict[str, tuple[str, int, dict[str, Any], float]] = {
     "q,v r=8": ("q,v", 8, {}, 0.0),
@@ -80,7 +80,7 @@ def counted(
     lora = Lora(targets, TARGETS[targets], rank, dropout)
     ways = ["full", "jaxlora", *PEERS]
     found: dict[str, Program] = {}
-    with progress() as bar, token_axes("plain"), compiled_for(SingleDeviceSharding(device)):
+    with progress() as bar, traced_for("tpu"), compiled_for(SingleDeviceSharding(device)):
         for way in bar.track(ways, description=f"compiling: {title}"):
             own = None if way == "full" else lora
             if fits(way, shape, own):

@@ -185,7 +185,7 @@ def _rank(name: str, value: Any) -> int:
     if not number or value < 1:
         raise ConfigError(f"{name} is {value!r}, expected an integer of at least 1.")
     if value > _LARGEST_RANK:  # JSON has integers beyond every float
-        raise ConfigError(f"{name} has {len(str(value))} digits, expected at most {_LARGEST_RANK}.")
+        raise ConfigError(f"{name} is too large, expected at most {_LARGEST_RANK}.")
     return int(value)
 
 

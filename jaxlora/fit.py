@@ -137,7 +137,7 @@ def fit(
         hosts.check_same("a checkpoint", [int(state.step), about])
         with hosts.together():
             run.rewind(int(state.step), kept.evaluated)
-    at = first = int(state.step)
+    at = int(state.step)
 
     def save(saver: Saver) -> None:
         kept.data = data.get_state()
@@ -165,7 +165,7 @@ def fit(
                 where = _named(state, bad)
                 if bad is not None and loss_fn is not None and hosts.alone():
                     key = jax.random.fold_in(state.key, number - 1)
-                    where += _born(state, loss_fn, variables, batch, key)
+                    where += _born(name, state, loss_fn, variables, batch, key)
                 raise RunError(
                     f"The {name} of step {number} is {float(metrics[name])}, expected a finite "
                     f"number{where}. Training stopped; {run.last} is from before it. Lower the "
@@ -195,7 +195,8 @@ def fit(
                         scores = evaluate(state.adapter)
                     scores = hosts.same(scores)
                     better = _better(scores, metric, kept.best, higher_is_better)
-                    run.log(at, {VALID + name: value for name, value in scores.items()})
+                    with hosts.together():
+                        run.log(at, {VALID + name: value for name, value in scores.items()})
                     kept.evaluated = at
                     show(at, None, scores)
                     if better:
@@ -208,8 +209,7 @@ def fit(
                     flush()
                     save(saver)
                     saved = time.monotonic()
-                # Not before the first step: jax tells of a stop once more at the same step.
-                if at >= steps or stop.asked or (at > first and taken_away(at)):
+                if at >= steps or stop.asked or taken_away():
                     break
                 batch = next(data)
                 state, metrics = step(state, variables, batch)
@@ -243,15 +243,16 @@ def _named(state: TrainState, bad: Any) -> str:
     return f". Not finite: the gradients of {len(found)} of {len(names)} leaves, {listing(found)}"
 
 
-def _born(state: TrainState, loss_fn: LossFn, *args: Any) -> str:
-    """Where a forward pass goes bad."""
-    with_adapter = f"with the adapter of step {int(state.step)}"
+def _born(name: str, state: TrainState, loss_fn: LossFn, *args: Any) -> str:
+    """Where a forward pass goes bad, with the adapter as it is when that is found out."""
+    with_adapter = f"with the adapter after step {int(state.step)}, bad steps left out"
     try:
         bad = first_bad(loss_fn, state.adapter, *args)
     except Exception as e:  # what stopped the run is what is to be said
         return f". Which module was first is not known: {type(e).__name__}: {str(e)[:200]}"
     if bad is None:
-        return f". The forward pass, {with_adapter}, is finite: the backward pass is not"
+        why = "" if name == "loss" else ": the backward pass is not"
+        return f". The forward pass, {with_adapter}, is finite{why}"
     return f". First not finite, {with_adapter}: {bad}"
 
 

@@ -22,6 +22,8 @@ from jaxlora.errors import ShardingError, listing, nearest
 from jaxlora.plan import Plan
 from jaxlora.train import TrainState
 
+_rows = jax.make_user_context()  # a part of the key of every cache of jit
+
 
 def adapter_shardings(
     plan_or_spec: Plan | Spec,
@@ -149,7 +151,8 @@ def rows_over(mesh: Mesh, axes: str | tuple[str, ...]) -> Iterator[None]:
     """Keeps a batch's rows on their devices through all layers of a Linen model.
 
     Without it XLA may move activations between devices instead of what is smaller: with kernels
-    sharded as for FSDP it sums whole activations. Enter it inside the function that is jitted, for
+    sharded as for FSDP it sums whole activations. Enter it inside the function that is jitted, or
+    around its call (what is traced without it is not used then, nor the other way round), for
     models each of whose modules has the rows on the first axis of its input and its output.
 
     Args:
@@ -191,7 +194,7 @@ def rows_over(mesh: Mesh, axes: str | tuple[str, ...]) -> Iterator[None]:
         y = run(*map(stay, args), **kwargs)
         return stay(y)
 
-    with nn.intercept_methods(call):
+    with _rows((mesh, axes)), nn.intercept_methods(call):
         yield
 
 

@@ -1,6 +1,7 @@
 """How a run is told to stop: signals, and the notice that machines are taken away."""
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -10,6 +11,8 @@ from typing import Any
 from jax.experimental import multihost_utils
 
 from jaxlora import hosts
+
+_calls = itertools.count(1)
 
 
 class Interrupted(BaseException):
@@ -75,6 +78,10 @@ def signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def taken_away(at: int) -> bool:
-    """Whether a process of several was told to leave, and all have come to the step to do so."""
-    return not hosts.alone() and multihost_utils.reached_preemption_sync_point(at)
+def taken_away() -> bool:
+    """Whether a process of several was told to leave, and all have come to the call to do so.
+
+    All call it equally often. Jax asks for numbers that rise, and tells of a stop at the one after
+    the highest that it has seen, so that of a resumed step would miss what came before it.
+    """
+    return not hosts.alone() and multihost_utils.reached_preemption_sync_point(next(_calls))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
+from jaxlora.backend import backend
 from jaxlora.errors import ConfigError
 
 Array = jax.Array
@@ -54,8 +55,7 @@ def product(batch: int, kind: str, precision: Any, x: Array, w: Array) -> Array:
     CPUs the first axis of tokens stands apart, the others are contracted, and the products are
     summed: no collective but the sum over tokens, and as fast at rank 8 (at rank 64 and 128 tokens
     a row 1.1 times the step). A TPU's compiler wants autodiff's own: flattened, a step reads and
-    writes 1.15 times the bytes (v5e, bfloat16). `token_axes` chooses by hand, as for a program that
-    is compiled for another device than the default one.
+    writes 1.15 times the bytes (v5e, bfloat16). `token_axes` chooses by hand.
 
     Args:
       batch: the number of leading axes that x and w share (experts).
@@ -70,7 +70,7 @@ def product(batch: int, kind: str, precision: Any, x: Array, w: Array) -> Array:
     shared, tokens = x.shape[:batch], x.shape[batch:-1]
     rest = math.prod(tokens[1:])
     way = _TOKENS.get()
-    if way == "auto" and jax.default_backend() != "cpu":
+    if way == "auto" and backend() != "cpu":
         way = "plain"
     elif way == "auto":
         # Apart holds `rank` rows for each item of the first axis: few beside its own tokens.

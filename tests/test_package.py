@@ -16,6 +16,7 @@ import jaxlora
 ROOT = Path(jaxlora.__file__).parent
 ORDER = [
     "errors",
+    "backend",
     "hosts",
     "stopping",
     "whole",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlora.backend import traced_for
 from jaxlora.errors import ConfigError
 from jaxlora.tokens import product, token_axes
 
@@ -77,9 +78,9 @@ def test_apart_keeps_the_first_axis_and_flat_does_not():
     assert primitives("auto") == primitives("flat")  # the tests have one device
 
 
-def test_only_a_cpu_wants_the_axes_of_tokens_in_another_order(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert primitives("auto") == primitives("plain")
+def test_only_a_cpu_wants_the_axes_of_tokens_in_another_order():
+    with traced_for("tpu"):
+        assert primitives("auto") == primitives("plain")
 
 
 def test_another_word_is_an_error():

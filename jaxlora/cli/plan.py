@@ -32,7 +32,8 @@ class Plan:
 
     Nothing is loaded and no device is needed: the step of `jaxlora train`, its layers scanned, is
     compiled for devices that are not there. The exit status is 0 if it fits, 1 if not. To train as
-    the defaults plan: --scan-layers --remat all --dtype bfloat16 --param-dtype bfloat16.
+    the defaults plan: --scan-layers --remat all --dtype bfloat16 --param-dtype bfloat16, and the
+    same --max-length and --batch-size.
 
     Example: jaxlora plan llama-3.1-70b --mesh fsdp=8 --fits 80
     """
@@ -67,7 +68,8 @@ class Plan:
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the base's params."""
     remat: Remat = "all"
-    """What is computed again in the backward pass: all of a layer, or all but its products."""
+    """What is computed again in the backward pass: none, all of a layer, all but its products
+    (dots), or all but the adapter's A x (lora)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ def config_of(name: str | Path) -> dict[str, Any]:
     """
     path = Path(name).expanduser()
     if name in SHAPES and not path.exists():
-        return SHAPES[str(name)]
+        return dict(SHAPES[str(name)])
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").is_file()):
         return open_source(name).config
     try:
@@ -120,6 +120,13 @@ def from_config(
       '70,553,706,496'
     """
     arch = architecture(fields.get("model_type"))
+    known = [f.name for f in dataclasses.fields(arch.config)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"Option '{name}' means nothing to a config of {arch.config.__name__}. "
+                f"Nearest: {', '.join(nearest(name, known))}."
+            )
     config = dataclasses.replace(arch.config.from_dict(fields), **options)
     head = next(iter(arch.heads)) if head is None else head
     if head not in arch.heads:

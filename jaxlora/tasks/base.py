@@ -84,7 +84,8 @@ class Settings:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the base's params."""
     remat: Remat = "none"
-    """What is computed again in the backward pass: all of a layer, or all but its products."""
+    """What is computed again in the backward pass: none, all of a layer, all but its products
+    (dots), or all but the adapter's A x (lora)."""
     scan_layers: bool = False
     """Run the layers in a loop: one is compiled, however many there are."""
     mesh: str | None = None

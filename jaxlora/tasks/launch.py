@@ -1,5 +1,6 @@
 """Settings to a finished run, and a run's folder back to its model and adapter."""
 
+import contextlib
 import dataclasses
 import zlib
 from collections.abc import Callable
@@ -18,11 +19,11 @@ from jaxlora.fit import Result, fit
 from jaxlora.init import lora_init
 from jaxlora.plan import plan
 from jaxlora.runs import BEST, LAST, Run, read_config
-from jaxlora.sharding import adapter_shardings, state_shardings
+from jaxlora.sharding import adapter_shardings, rows_over, state_shardings
 from jaxlora.tasks.base import Problem, Settings, optimizer
 from jaxlora.tasks.chat import Chat
 from jaxlora.tasks.classify import Classify
-from jaxlora.tasks.mesh import mesh_of, placing, rows_stay
+from jaxlora.tasks.mesh import ROWS, mesh_of, placing, rows_stay
 from jaxlora.tasks.nlg import Nlg
 from jaxlora.train import TrainState, make_train_step
 
@@ -86,7 +87,7 @@ def train(
         pad=problem.pad,
     )
     if not hosts.alone():
-        hosts.check_same("settings or data", [to_dict(settings), resume, _tokens(problem)])
+        hosts.check_same("settings or data", [to_dict(settings), resume, _data_sum(problem)])
     steps = min(len(batches), settings.max_steps or len(batches))
     key = jax.random.key(settings.seed)
     tx, schedule = optimizer(settings, steps)
@@ -113,6 +114,12 @@ def train(
         f"{100 * batches.padding():.0f} % of it padding; {steps} steps"
     )
     run = Run(settings.out, to_dict(settings), resume=resume)
+
+    def evaluate(adapter: Adapter) -> dict[str, float]:
+        rows = contextlib.nullcontext() if mesh is None else rows_over(mesh, ROWS)
+        with rows:
+            return problem.evaluate(adapter, variables, problem.valid)
+
     result = fit(
         run,
         state,
@@ -120,7 +127,7 @@ def train(
         variables,
         batches,
         steps=steps,
-        evaluate=lambda adapter: problem.evaluate(adapter, variables, problem.valid),
+        evaluate=evaluate,
         eval_every=settings.eval_every,
         metric=problem.metric,
         higher_is_better=problem.higher_is_better,
@@ -137,11 +144,16 @@ def train(
     return result
 
 
-def _tokens(problem: Problem) -> list[int]:
-    """How many tokens there are, and their checksum: whether two hosts have one data set."""
-    ids = [np.asarray(e["input_ids"]) for e in (*problem.train, *problem.valid)]
-    tokens = np.concatenate(ids).astype(np.int64)
-    return [len(ids), len(tokens), zlib.crc32(tokens.tobytes())]
+def _data_sum(problem: Problem) -> list[int]:
+    """How many examples there are, and a checksum of all: whether two hosts have one data set."""
+    total, count = 0, 0
+    for example in (*problem.train, *problem.valid):
+        for name, value in sorted(example.items()):
+            array = np.ascontiguousarray(value)
+            total = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), total)
+            total = zlib.crc32(array.tobytes(), total)
+        count += 1
+    return [count, total]
 
 
 def load_run(folder: str | Path, which: str = BEST) -> Trained:

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxlora import tree
+from jaxlora.backend import traced_for
 from jaxlora.config import LoraConfig
 from jaxlora.errors import ConfigError, ShardingError, TooLargeError
 from jaxlora.models.architectures import architecture_of
@@ -20,14 +21,11 @@ from jaxlora.sharding import adapter_shardings, state_shardings
 from jaxlora.tasks import classify, language
 from jaxlora.tasks.base import Settings, optimizer
 from jaxlora.tasks.mesh import ROWS, rows_stay
-from jaxlora.tokens import token_axes
 from jaxlora.train import TrainState, make_train_step
 
 _ON_CPU = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 """XLA for CPU makes float32 of bfloat16 kernels, and would do so for all layers before the loop
 over them: accelerators have no such copy of the base."""
-_ELSEWHERE = "plain"
-"""How the axes of tokens are taken where the program is for other devices than the default one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,12 +150,12 @@ def step_memory(
     loss, batch = _problem(model, batch_size, length)
     over = NamedSharding(mesh, PartitionSpec(ROWS))
     batch = {name: _on(x, over) for name, x in batch.items()}
-    step: Any = make_train_step(rows_stay(loss, mesh), tx, shardings=shardings)
-    cpu = next(iter(mesh.devices.flat)).platform == "cpu"
+    step: Any = make_train_step(rows_stay(loss, mesh), tx, shardings=shardings, on_bad_step="stop")
+    platform = next(iter(mesh.devices.flat)).platform
     try:
-        with token_axes("auto" if cpu else _ELSEWHERE):
+        with traced_for(platform):
             lowered = step.lower(state, variables, batch)
-        compiled = lowered.compile(_ON_CPU if cpu else None)
+        compiled = lowered.compile(_ON_CPU if platform == "cpu" else None)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
