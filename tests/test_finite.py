@@ -116,8 +116,8 @@ def test_a_run_that_stops_names_the_module(tmp_path, monkeypatch):
     monkeypatch.setattr(test_fit, "VARIABLES", {"params": params})
     step = jl.make_train_step(loss_fn, TX, on_bad_step="stop")
     match = (
-        r"of step \d+ is nan.*gradients of 4 of 4 leaves.*with the adapter after step \d+.*: the output "
-        r"of embed \(not finite there: embedding\)\. Training stopped"
+        r"of step \d+ is nan.*gradients of 4 of 4 leaves.*with the adapter after step \d+.*: the "
+        r"output of embed \(not finite there: embedding\)\. Training stopped"
     )
     with pytest.raises(RunError, match=match):
         train(tmp_path / "run", step=step, loss_fn=loss_fn, evaluate=None)

@@ -89,7 +89,8 @@ def test_a_run_that_goes_bad_stops_before_its_adapter_does_and_names_the_module(
     task = dataclasses.replace(settings["classify"], out=str(run), learning_rate=1e30, warmup=0.0)
     match = (
         r"The loss of step 2 is nan.*28 of 28 leaves, .*First not finite, with the adapter after "
-        r"step 4, bad steps left out: the output of bert/encoder/layer_0/attention/query \(its inputs are finite\)"
+        r"step 4, bad steps left out: the output of bert/encoder/layer_0/attention/query "
+        r"\(its inputs are finite\)"
     )
     with pytest.raises(RunError, match=match):
         train(task, quiet=True, say=lambda _: None)
