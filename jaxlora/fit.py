@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -83,7 +84,7 @@ def fit(
 
     Args:
       run: the folder.
-      state: the state to start from; with `resume` only its structure counts.
+      state: the state to start from; with a checkpoint to resume only its structure counts.
       step: what `make_train_step` compiled.
       variables: the base.
       batches: the batches, all epochs of them.
@@ -97,7 +98,8 @@ def fit(
       schedule: step -> learning rate, to log it.
       keep: how many states to keep, `run.last` included: a damaged one is passed over.
       save_every: seconds after which to save between evaluations as well.
-      resume: go on from `run.last`, or with a warning from the newest checkpoint that is whole.
+      resume: go on from `run.last`, or with a warning from the newest checkpoint that is whole; a
+        run that was killed before its first checkpoint begins anew, with a warning.
       quiet: show no progress bar.
       loss_fn: what `step` was made of. Where a step made with `on_bad_step` is not finite, it runs
         once more and the module that first went bad is named (`jaxlora.finite.first_bad`), with
@@ -108,7 +110,7 @@ def fit(
 
     Raises:
       RunError: a loss or gradient that is not finite, with its step, the leaves and the module,
-        before anything of it is saved; there is no checkpoint to resume from; or another process
+        before anything of it is saved; or another process
         writes there.
       CheckpointError: a save failed, or no checkpoint is whole.
       ConfigError: steps beyond the data, or `evaluate` gives no such metric.
@@ -129,11 +131,13 @@ def fit(
                 recover(run.last)
                 recover(run.best)
         with hosts.together():
-            if not run.checkpoints:
-                raise RunError(f"{run.folder} has no checkpoint '{run.last.name}' to resume from.")
-            state, about = load_newest(run.checkpoints, state, params)
-            kept = _Progress(**about)
-            data.set_state(kept.data)
+            about = {}
+            if run.checkpoints:
+                state, about = load_newest(run.checkpoints, state, params)
+                kept = _Progress(**about)
+                data.set_state(kept.data)
+            else:
+                warnings.warn(f"{run.folder} has no checkpoint yet: it begins anew.", stacklevel=2)
         hosts.check_same("a checkpoint", [int(state.step), about])
         with hosts.together():
             run.rewind(int(state.step), kept.evaluated)

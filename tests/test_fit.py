@@ -235,9 +235,18 @@ def test_errors(tmp_path):
         train(tmp_path / "b", metric="accuracy")
     with pytest.raises(RunError, match="no run to go on with"):
         train(tmp_path / "c", resume=True)
-    Run(tmp_path / "d", {"rank": 2})
-    with pytest.raises(RunError, match="no checkpoint 'last' to resume from"):
-        train(tmp_path / "d", resume=True)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    run = Run(tmp_path / "run", {"rank": 2})
+    run.log(0, {"valid_spread": 1.0})
+    run.log(1, {"loss": 1.0})
+    run.close()
+    with pytest.warns(UserWarning, match="has no checkpoint yet: it begins anew"):
+        train(tmp_path / "run", resume=True)
+    train(tmp_path / "whole")
+    logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("run", "whole")]
+    assert logs[0] == logs[1]
 
 
 def test_a_run_of_another_optimizer_cannot_be_resumed(tmp_path):

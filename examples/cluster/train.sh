@@ -7,7 +7,7 @@ set -eu
 : "${HOSTS:=1}" "${DEVICES:=8}"
 : "${MESH:=data=$HOSTS,fsdp=$DEVICES}" "${BATCH:=$((2 * HOSTS * DEVICES))}"
 resume= distributed=
-if [ -d "$RUN/last" ]; then resume=--resume; fi
+if [ -f "$RUN/config.yaml" ]; then resume=--resume; fi
 if [ "$HOSTS" -gt 1 ]; then distributed=--distributed; fi
 exec jaxlora train chat --model "$MODEL" --data "$DATA" --out "$RUN" --mesh "$MESH" \
   --batch-size "$BATCH" --dtype bfloat16 --param-dtype bfloat16 --remat all --scan-layers \
