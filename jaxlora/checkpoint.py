@@ -186,7 +186,8 @@ def _save(
         else:
             _write(final, everything)
     except Exception as e:  # a full disk, a folder that is read-only, another writer
-        said = str(e).strip().split("\n")[0][:300]
+        said = str(e).strip().split("\n")[0].partition(" [tensorstore_spec")[0]
+        said = said if len(said) < 300 else f"{said[:100]} … {said[-200:]}"  # why is at the end
         raise CheckpointError(
             f"{final} could not be saved: {type(e).__name__}: {said}. What was there before is as "
             "it was. Expected a folder with room, that this process alone writes to."
